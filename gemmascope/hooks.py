@@ -1,0 +1,312 @@
+"""Hook points: the one table of what can be read and changed, the point itself, and the module that manages them.
+
+The points are TransformerLens's (`HookPoint`, `HookedRootModule`), with three additions that keep the promise
+"every write has its stated effect or raises":
+
+1. a point hands a writing hook a tensor of its own, so that editing in place equals returning, whatever else holds the tensor;
+2. what a hook returns is checked (shape, device, dtype), and an unknown name raises with the nearest ones;
+3. a block learns when one of its points gets a hook, so that blocks nobody watches never touch their points.
+"""
+
+import difflib
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformer_lens.HookedRootModule import HookedRootModule
+from transformer_lens.hook_points import HookPoint, LensHandle
+from transformer_lens.utilities import Slice
+
+from gemmascope.config import Gemma4Config, LayerGeometry
+
+
+class SiteInfo(NamedTuple):
+    """One row of the table: a hook point, or one in every block when the name has `{l}`."""
+
+    name: str
+    axes: str
+    """Space-separated: batch pos query key head kv_head layer slot expert d_model d_head d_mlp d_expert d_ple d_vocab 1."""
+    meaning: str
+    where: str = "every layer"
+    """Which layers have it: "every layer", "own kv", "moe", "ple"; or "model" for a point outside the blocks."""
+    expansion: bool = False
+    """An expansion of other sites: recomputed on demand, stored in a cache only when named."""
+
+
+def _norm_sites(norm: str, of: str, where: str = "every layer") -> tuple[SiteInfo, SiteInfo]:
+    prefix = norm if where == "model" else "blocks.{l}." + norm
+    return (
+        SiteInfo(f"{prefix}.hook_scale", "batch pos 1", f"RMS, eps included, of {of}", where),
+        SiteInfo(f"{prefix}.hook_normalized", "batch pos d_model", f"{of}, divided by its RMS, before the gain", where),
+    )
+
+
+_STREAM, _QUERY, _KV, _MLP = "batch pos d_model", "batch pos head d_head", "batch pos kv_head d_head", "batch pos d_mlp"
+_EXPERT = "batch pos slot d_expert"
+
+SITES: tuple[SiteInfo, ...] = (
+    SiteInfo("hook_embed", _STREAM, "token embedding after the sqrt(d_model) scale", "model"),
+    SiteInfo("hook_ple_inputs", "batch pos layer d_ple", "the per-layer signal", "ple model"),
+    SiteInfo("blocks.{l}.hook_resid_pre", _STREAM, "the stream before the block"),
+    *_norm_sites("ln1", "the stream before attention"),
+    SiteInfo("blocks.{l}.attn.hook_q", _QUERY, "query projection, before norm and rope"),
+    SiteInfo("blocks.{l}.attn.hook_k", _KV, "key projection, before norm and rope", "own kv"),
+    SiteInfo("blocks.{l}.attn.hook_v", _KV, "value projection, before its norm", "own kv"),
+    SiteInfo("blocks.{l}.attn.hook_q_normed", _QUERY, "queries after their norm"),
+    SiteInfo("blocks.{l}.attn.hook_k_normed", _KV, "keys after their norm", "own kv"),
+    SiteInfo("blocks.{l}.attn.hook_v_normed", _KV, "values after their norm: what heads mix", "own kv"),
+    SiteInfo("blocks.{l}.attn.hook_rot_q", _QUERY, "queries after rope"),
+    SiteInfo("blocks.{l}.attn.hook_rot_k", _KV, "keys after rope", "own kv"),
+    SiteInfo("blocks.{l}.attn.hook_attn_scores", "batch head query key", "masked scores before the softmax", expansion=True),
+    SiteInfo("blocks.{l}.attn.hook_pattern", "batch head query key", "attention after the softmax", expansion=True),
+    SiteInfo("blocks.{l}.attn.hook_z", _QUERY, "per-head value mix, the input of W_O"),
+    SiteInfo("blocks.{l}.attn.hook_result", "batch pos head d_model", "per-head output before the post-norm", expansion=True),
+    *_norm_sites("ln1_post", "the attention output"),
+    SiteInfo("blocks.{l}.hook_attn_out", _STREAM, "what attention adds to the stream"),
+    SiteInfo("blocks.{l}.hook_resid_mid", _STREAM, "the stream after attention"),
+    *_norm_sites("ln2", "the stream before the dense MLP"),
+    SiteInfo("blocks.{l}.mlp.hook_pre", _MLP, "gate, before the activation"),
+    SiteInfo("blocks.{l}.mlp.hook_pre_linear", _MLP, "up projection"),
+    SiteInfo("blocks.{l}.mlp.hook_post", _MLP, "gelu(gate) * up: the neurons"),
+    SiteInfo("blocks.{l}.mlp.hook_out", _STREAM, "dense MLP output before any post-norm"),
+    *_norm_sites("dense_ln_post", "the dense MLP output", "moe"),
+    SiteInfo("blocks.{l}.hook_dense_out", _STREAM, "the dense branch after its own post-norm", "moe"),
+    SiteInfo("blocks.{l}.moe.router.hook_in", _STREAM, "normed and scaled router input", "moe"),
+    SiteInfo("blocks.{l}.moe.router.hook_logits", "batch pos expert", "before the softmax; a write re-derives the selection", "moe"),
+    SiteInfo("blocks.{l}.moe.router.hook_probs", "batch pos expert", "after the softmax; a write re-derives the selection", "moe"),
+    SiteInfo("blocks.{l}.moe.router.hook_indices", "batch pos slot", "chosen experts (int64); a write forces the choice and re-derives the weights", "moe"),
+    SiteInfo("blocks.{l}.moe.router.hook_weights", "batch pos slot", "final weights of the chosen experts", "moe"),
+    *_norm_sites("moe_ln_pre", "the stream before the experts", "moe"),
+    SiteInfo("blocks.{l}.moe.hook_expert_pre", _EXPERT, "gate inside the chosen experts", "moe"),
+    SiteInfo("blocks.{l}.moe.hook_expert_pre_linear", _EXPERT, "up projection inside the chosen experts", "moe"),
+    SiteInfo("blocks.{l}.moe.hook_expert_post", _EXPERT, "neurons of the chosen experts", "moe"),
+    SiteInfo("blocks.{l}.moe.hook_expert_out", "batch pos slot d_model", "each chosen expert's weighted output", "moe", expansion=True),
+    SiteInfo("blocks.{l}.moe.hook_out", _STREAM, "sum over slots, before the post-norm", "moe"),
+    *_norm_sites("moe_ln_post", "the expert sum", "moe"),
+    SiteInfo("blocks.{l}.hook_moe_out", _STREAM, "the expert branch after its own post-norm", "moe"),
+    *_norm_sites("ln2_post", "the feed-forward output"),
+    SiteInfo("blocks.{l}.hook_mlp_out", _STREAM, "what the feed-forward adds to the stream"),
+    SiteInfo("blocks.{l}.hook_resid_mlp", _STREAM, "the stream after the feed-forward"),
+    SiteInfo("blocks.{l}.ple.hook_gate", "batch pos d_ple", "per-layer gate before the activation", "ple"),
+    SiteInfo("blocks.{l}.ple.hook_post", "batch pos d_ple", "the gated per-layer signal", "ple"),
+    *_norm_sites("ple_ln_post", "the per-layer output", "ple"),
+    SiteInfo("blocks.{l}.hook_ple_out", _STREAM, "what the per-layer embedding adds to the stream", "ple"),
+    SiteInfo("blocks.{l}.hook_resid_post", _STREAM, "the stream after the per-layer embedding and layer_scalar"),
+    *_norm_sites("ln_final", "the final stream", "model"),
+    SiteInfo("hook_unembed", "batch pos d_vocab", "logits before the soft cap", "model"),
+    SiteInfo("hook_logits", "batch pos d_vocab", "logits after the soft cap", "model"),
+)
+"""Every hook point, in the order in which a forward pass meets them."""
+
+
+def _has(site: SiteInfo, cfg: Gemma4Config, layer: LayerGeometry | None) -> bool:
+    match site.where:
+        case "own kv":
+            return layer is not None and layer.kv_source is None
+        case "moe":
+            return cfg.n_experts is not None
+        case "ple" | "ple model":
+            return cfg.d_ple is not None
+        case _:
+            return True
+
+
+def sites_of(cfg: Gemma4Config) -> dict[str, SiteInfo]:
+    """The hook points of one model, by full name."""
+    found = {}
+    for site in SITES:
+        if "{l}" not in site.name:
+            found |= {site.name: site} if _has(site, cfg, None) else {}
+        else:
+            found |= {site.name.format(l=l): site for l, layer in enumerate(cfg.layers) if _has(site, cfg, layer)}
+    return found
+
+
+class Reader:
+    """A hook that only looks: it stores what it sees, and a fused path may stay on while it is attached."""
+
+    def __init__(self, store: Callable[[str, Tensor], None], suffix: str = ""):
+        self.store, self.suffix = store, suffix
+
+    def __call__(self, tensor: Tensor, hook: HookPoint) -> None:
+        self.store(hook.name + self.suffix, tensor.detach())
+
+
+class Site(HookPoint):
+    """A TransformerLens HookPoint whose writes are safe and checked."""
+
+    def __init__(self):
+        super().__init__()
+        self.on_watch: Callable[[], None] | None = None
+
+    @property
+    def watched(self) -> bool:
+        """Any hook at all."""
+        return bool(self._forward_hooks or self._backward_hooks or self._forward_pre_hooks)
+
+    @property
+    def written(self) -> bool:
+        """A hook that may change the tensor, or that needs its gradient."""
+        readers = sum(isinstance(handle.user_hook, Reader) for handle in self.fwd_hooks)
+        return bool(self._backward_hooks or self._forward_pre_hooks) or len(self._forward_hooks) > readers
+
+    def forward(self, x: Tensor) -> Tensor:
+        # A write must not reach another holder of the same memory (a cache, the skip path), nor a tensor autograd needs.
+        return x.clone() if self.written else x
+
+    def add_hook(self, hook: Callable, dir: str = "fwd", **kwargs) -> LensHandle:
+        return super().add_hook(hook if isinstance(hook, Reader) else _checked(hook, self), dir=dir, **kwargs)
+
+    # Plain torch hooks are hooks too: whatever way one comes, the block must hear of it.
+    def register_forward_hook(self, *args, **kwargs):
+        self._wake()
+        return super().register_forward_hook(*args, **kwargs)
+
+    def register_forward_pre_hook(self, *args, **kwargs):
+        self._wake()
+        return super().register_forward_pre_hook(*args, **kwargs)
+
+    def register_full_backward_hook(self, *args, **kwargs):
+        self._wake()
+        return super().register_full_backward_hook(*args, **kwargs)
+
+    def _wake(self) -> None:
+        if self.on_watch is not None:
+            self.on_watch()
+
+
+def _checked(hook: Callable, site: Site) -> Callable:
+    """The user's hook, its answer checked against the tensor it was given."""
+    name = getattr(hook, "__name__", None) or type(hook).__name__
+
+    @functools.wraps(hook, assigned=(), updated=())
+    def run(tensor: Tensor, hook: HookPoint):
+        answer = run.__wrapped__(tensor, hook=hook)
+        new = answer[0] if isinstance(answer, tuple) and len(answer) == 1 else answer
+        if new is None:
+            return None
+        if not isinstance(new, Tensor):
+            raise TypeError(f"Hook {name!r} at {site.name} returned a {type(new).__name__}; return a tensor of shape {list(tensor.shape)}, or None to leave it as it is.")
+        for what in ("shape", "device", "dtype"):
+            got, want = getattr(new, what), getattr(tensor, what)
+            if got != want:
+                show = (list(got), list(want)) if what == "shape" else (got, want)
+                raise ValueError(f"Hook {name!r} at {site.name} returned {what} {show[0]}; this point carries {show[1]}: return a tensor like the one the hook was given.")
+        return answer
+
+    return run
+
+
+class WatchedBlock(nn.Module):
+    """A block that knows whether any of its hook points has a hook, at no cost while none has."""
+
+    def __init__(self):
+        super().__init__()
+        self._maybe_watched = False
+        self._own_sites: tuple[Site, ...] = ()
+
+    def find_sites(self) -> None:
+        """Called once the block is built."""
+        self._own_sites = tuple(module for module in self.modules() if isinstance(module, Site))
+        for site in self._own_sites:
+            site.on_watch = self._note_watch
+
+    def _note_watch(self) -> None:
+        self._maybe_watched = True
+
+    @property
+    def watched(self) -> bool:
+        # A registration raises the flag; only the block itself lowers it, after looking.
+        if self._maybe_watched:
+            self._maybe_watched = any(site.watched for site in self._own_sites)
+        return self._maybe_watched
+
+
+class HookedModel(HookedRootModule):
+    """HookedRootModule whose names are checked, and whose caching follows the SITES table."""
+
+    cfg: Gemma4Config
+
+    def setup(self) -> None:
+        super().setup()
+        self.sites = sites_of(self.cfg)
+
+    def _check_name(self, name: str) -> None:
+        """Raises KeyError for a name that is not a live hook point of this model."""
+        if name in self.sites:
+            return
+        parts = name.split(".")
+        if len(parts) > 2 and parts[0] == "blocks" and parts[1].lstrip("-").isdigit():
+            layer = int(parts[1])
+            if not 0 <= layer < self.cfg.n_layers:
+                raise KeyError(f"{name}: this model has layers 0 to {self.cfg.n_layers - 1}.")
+            template = ".".join(["blocks", "{l}", *parts[2:]])
+            source = self.cfg.layers[layer].kv_source
+            if source is not None and any(site.name == template and site.where == "own kv" for site in SITES):
+                raise KeyError(f"{name}: layer {layer} has no keys and values of its own, it reads those of layer {source}; use {template.format(l=source)}, which reaches every layer that shares it.")
+        near = difflib.get_close_matches(name, self.sites, n=3, cutoff=0.0)
+        raise KeyError(f"No hook point {name!r}; the nearest are {', '.join(near)}. model.sites lists them all.")
+
+    def _matching(self, name: str | Callable[[str], bool]) -> list[str]:
+        if callable(name):
+            names = [site for site in self.sites if name(site)]
+            if not names:
+                raise ValueError("The hook-name filter matches no hook point of this model; model.sites lists them all.")
+            return names
+        self._check_name(name)
+        return [name]
+
+    def _enable_hook(self, name: str | Callable[[str], bool], hook: Callable, dir: str) -> None:
+        for match in self._matching(name):
+            self.hook_dict[match].add_hook(hook, dir=dir, level=self.context_level)
+
+    def add_hook(self, name: str | Callable[[str], bool], hook: Callable, dir: str = "fwd", **kwargs) -> None:
+        """Adds `hook` at a point, or at every point whose name the predicate accepts, until reset_hooks().
+
+        Raises:
+            KeyError: for a name that is not a hook point of this model; the three nearest are given.
+        """
+        for match in self._matching(name):
+            self.hook_dict[match].add_hook(hook, dir=dir, **kwargs)
+
+    def changed_expansions(self) -> frozenset[str]:
+        """The expansions that hooks may change now, and that can therefore not be recomputed from other sites afterwards."""
+        changed = {name for name, site in self.sites.items() if site.expansion and self.hook_dict[name].written}
+        changed |= {name.replace("hook_attn_scores", "hook_pattern") for name in changed}  # the pattern follows the scores
+        return frozenset(changed)
+
+    def names_to_cache(self, names_filter: None | str | Sequence[str] | Callable[[str], bool]) -> list[str]:
+        """The hook points that a `names_filter` asks for. None asks for all but the expansions, which a cache recomputes."""
+        if names_filter is None:
+            changed = self.changed_expansions()
+            return [name for name, site in self.sites.items() if not site.expansion or name in changed]
+        if isinstance(names_filter, str) or callable(names_filter):
+            return self._matching(names_filter)
+        return [match for name in names_filter for match in self._matching(name)]
+
+    def get_caching_hooks(
+        self,
+        names_filter: None | str | Sequence[str] | Callable[[str], bool] = None,
+        incl_bwd: bool = False,
+        device: torch.device | str | None = None,
+        remove_batch_dim: bool = False,
+        cache: dict[str, Tensor] | None = None,
+        pos_slice: Any = None,
+    ) -> tuple[dict[str, Tensor], list, list]:
+        """(cache, forward hooks, backward hooks) that store the named activations, as in TransformerLens; adds nothing to the model."""
+        cache = {} if cache is None else cache
+        positions = Slice.unwrap(pos_slice)
+
+        def store(name: str, tensor: Tensor) -> None:
+            axes = self.sites[name.removesuffix("_grad")].axes.split()
+            if positions.mode != "identity":
+                # A copy: a view of a few positions would keep the whole tensor alive.
+                tensor = positions.apply(tensor, dim=axes.index("pos" if "pos" in axes else "query")).clone()
+            tensor = tensor[0] if remove_batch_dim else tensor
+            cache[name] = tensor if device is None else tensor.to(device)
+
+        names = self.names_to_cache(names_filter)
+        backward = [name for name in names if not name.endswith("hook_indices")] if incl_bwd else []  # integers have no gradient
+        return cache, [(name, Reader(store)) for name in names], [(name, Reader(store, "_grad")) for name in backward]

@@ -1,0 +1,121 @@
+"""What TransformerLens users and tools expect of a model, apart from its arithmetic: caching, text, weights by their names."""
+
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from gemmascope.cache import ActivationCache
+from gemmascope.generate import KVCache, generate
+from gemmascope.hooks import HookedModel
+from gemmascope.tokenizer import Gemma4Tokenizer
+
+
+class LensModel(HookedModel):
+    """Satisfies transformer_lens.model_protocol.TransformerLensModelWithWeights, given `_begin` and `_run` (see HookedGemma4)."""
+
+    tokenizer: Gemma4Tokenizer | None
+
+    def run_with_cache(
+        self,
+        input,
+        *,
+        names_filter=None,
+        device: torch.device | str | None = None,
+        remove_batch_dim: bool = False,
+        incl_bwd: bool = False,
+        reset_hooks_end: bool = True,
+        clear_contexts: bool = False,
+        pos_slice=None,
+        return_cache_object: bool = True,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_kv_cache: KVCache | None = None,
+        image_blocks: Tensor | None = None,
+        prepend_bos: bool | None = None,
+        **run_kwargs,
+    ):
+        """TransformerLens's run_with_cache: (what forward returns, an ActivationCache).
+
+        Attention patterns and scores, per-head results and per-slot expert outputs are stored only when `names_filter` names
+        them; asked for later, they are recomputed from what is stored. `incl_bwd` runs backward from the output, so it needs
+        return_type="loss". Other arguments are forward's.
+        """
+        tokens, run, mask = self._begin(input, attention_mask, position_ids, past_kv_cache, image_blocks, prepend_bos)
+        if remove_batch_dim and len(tokens) > 1:
+            raise ValueError(f"remove_batch_dim needs one prompt, and there are {len(tokens)}.")
+        changed = self.changed_expansions()
+        stored, fwd, bwd = self.get_caching_hooks(names_filter, incl_bwd, device, remove_batch_dim, None, pos_slice)
+        with self.hooks(fwd, bwd, reset_hooks_end, clear_contexts):
+            out = self._run(tokens, run, mask, **run_kwargs)
+            if incl_bwd:
+                out.backward()
+        if not return_cache_object:
+            return out, stored
+        return out, ActivationCache(stored, self, not remove_batch_dim, run.masks, pos_slice, changed)
+
+    def generate(self, input, **kwargs):
+        """Continues a prompt. See `gemmascope.generate.generate` for its arguments."""
+        return generate(self, input, **kwargs)
+
+    # Text and tokens
+
+    def _need_tokenizer(self) -> Gemma4Tokenizer:
+        if self.tokenizer is None:
+            raise ValueError(f"{self.cfg.model_name} has no tokenizer: pass token ids, or load a folder that holds tokenizer.json.")
+        return self.tokenizer
+
+    def to_tokens(self, input: str | list[str], prepend_bos: bool | None = None, **kwargs) -> Int[Tensor, "batch pos"]:
+        """Token ids of one text or several, with BOS as the tokenizer's rules say unless `prepend_bos` is given."""
+        return self._need_tokenizer().to_tokens(input, prepend_bos=prepend_bos, **kwargs).to(self.cfg.device)
+
+    def to_str_tokens(self, input, prepend_bos: bool | None = None) -> list[str]:
+        """One string a token, of a text or of token ids."""
+        return self._need_tokenizer().to_str_tokens(input, prepend_bos=prepend_bos)
+
+    def to_string(self, tokens) -> str | list[str]:
+        """The text of token ids [pos], or the texts of [batch, pos]."""
+        return self._need_tokenizer().to_string(tokens)
+
+    def to_single_token(self, text: str) -> int:
+        """The id of a text that is one token. Raises ValueError when it is several."""
+        return self._need_tokenizer().to_single_token(text)
+
+    # Weights, by TransformerLens's names
+
+    @property
+    def W_E(self) -> Float[Tensor, "d_vocab d_model"]:
+        return self.embed.weight
+
+    @property
+    def W_U(self) -> Float[Tensor, "d_model d_vocab"]:
+        return self.unembed.W_U
+
+    @property
+    def b_U(self) -> Float[Tensor, " d_vocab"]:
+        return self.embed.weight.new_zeros(self.cfg.d_vocab)  # Gemma 4 has no biases
+
+    def accumulated_bias(self, layer: int, mlp_input: bool = False, include_mlp_biases: bool = True) -> Float[Tensor, " d_model"]:
+        """The sum of all biases up to a layer: zero, Gemma 4 has none."""
+        return self.embed.weight.new_zeros(self.cfg.d_model)
+
+    def tokens_to_residual_directions(self, tokens) -> Float[Tensor, "*tokens d_model"]:
+        """The direction whose dot product with the final normed stream is a token's logit before the soft cap."""
+        if isinstance(tokens, str):
+            tokens = self.to_single_token(tokens)
+        return self.W_U.T[tokens]
+
+    def kv_index(self, n_pos: int | None = None):
+        """The rows [layer, (pos,) head] of the layers that own keys and values, as a pandas DataFrame.
+
+        For `index_df` in the k and v sweeps of transformer_lens.patching, which otherwise suppose one number of kv heads:
+        `get_act_patch_attn_head_k_by_pos(model, tokens, cache, metric, index_axis_names=None, index_df=model.kv_index(n_pos))`.
+        """
+        import pandas
+
+        owners = [(l, layer) for l, layer in enumerate(self.cfg.layers) if layer.kv_source is None]
+        if n_pos is None:
+            return pandas.DataFrame([(l, head) for l, layer in owners for head in range(layer.n_kv_heads)], columns=["layer", "head"])
+        rows = [(l, pos, head) for l, layer in owners for pos in range(n_pos) for head in range(layer.n_kv_heads)]
+        return pandas.DataFrame(rows, columns=["layer", "pos", "head"])

@@ -1,0 +1,84 @@
+"""The router and the experts of a mixture-of-experts layer.
+
+The router reads the raw stream through a norm of its own, so it does not see what `moe_ln_pre` does. The expert branch is
+scale-invariant: a norm follows the sum, so only the *relative* weights and *which* experts matter.
+"""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from gemmascope import ops
+from gemmascope.config import Gemma4Config
+from gemmascope.hooks import Site
+
+Choice = tuple[Int[Tensor, "batch pos slot"], Float[Tensor, "batch pos slot"]]
+
+
+class Router(nn.Module):
+    """1 norm and scale, 2 one logit an expert, 3 softmax over all, 4 the k most probable, renormalised, times their scale."""
+
+    def __init__(self, cfg: Gemma4Config):
+        super().__init__()
+        self.eps, self.k = cfg.eps, cfg.experts_per_token
+        self.scale = nn.Parameter(torch.ones(cfg.d_model))
+        self.per_expert_scale = nn.Parameter(torch.ones(cfg.n_experts))
+        self.proj = nn.Linear(cfg.d_model, cfg.n_experts, bias=False)
+        self.hook_in, self.hook_logits, self.hook_probs = Site(), Site(), Site()
+        self.hook_indices, self.hook_weights = Site(), Site()
+
+    def _input(self, x: Tensor) -> Tensor:
+        normed = (ops.wide(x) / ops.rms(x, self.eps)).type_as(x)
+        return normed * self.scale * x.shape[-1] ** -0.5
+
+    def _weights(self, probs: Tensor, indices: Tensor) -> Tensor:
+        chosen = probs.gather(-1, indices)
+        return chosen / chosen.sum(-1, keepdim=True) * self.per_expert_scale[indices]
+
+    def forward(self, x: Float[Tensor, "batch pos d_model"]) -> Choice:
+        probs = ops.wide(self.proj(self._input(x))).softmax(-1)
+        indices = probs.topk(self.k, dim=-1).indices
+        return indices, self._weights(probs, indices)
+
+    def with_sites(self, x: Float[Tensor, "batch pos d_model"]) -> Choice:
+        logits = self.hook_logits(self.proj(self.hook_in(self._input(x))))
+        probs = self.hook_probs(ops.wide(logits).softmax(-1))
+        indices = self.hook_indices(probs.topk(self.k, dim=-1).indices)
+        n_experts = probs.shape[-1]
+        if self.hook_indices.written and not ((0 <= indices) & (indices < n_experts)).all():
+            raise ValueError(f"{self.hook_indices.name}: a hook chose expert {int(indices.max())} or {int(indices.min())}; this layer has experts 0 to {n_experts - 1}.")
+        return indices, self.hook_weights(self._weights(probs, indices))
+
+
+class MoE(nn.Module):
+    """1 route, 2 gate and up inside each chosen expert, 3 down, 4 weight and sum over slots."""
+
+    def __init__(self, cfg: Gemma4Config):
+        super().__init__()
+        self.router = Router(cfg)
+        self.gate_up_proj = nn.Parameter(torch.empty(cfg.n_experts, 2 * cfg.d_expert, cfg.d_model))
+        self.down_proj = nn.Parameter(torch.empty(cfg.n_experts, cfg.d_model, cfg.d_expert))
+        self.hook_expert_pre, self.hook_expert_pre_linear, self.hook_expert_post = Site(), Site(), Site()
+        self.hook_expert_out, self.hook_out = Site(), Site()
+
+    def gate_up(self, x: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """Every token into each of its experts: two tensors [batch pos slot d_expert]."""
+        repeated = x[:, :, None].expand(*indices.shape, -1).flatten(0, 2)
+        return ops.grouped_linear(repeated, indices.flatten(), self.gate_up_proj).unflatten(0, indices.shape).chunk(2, dim=-1)
+
+    def down(self, post: Tensor, choice: Choice) -> Tensor:
+        """Each slot's weighted output: [batch pos slot d_model]."""
+        indices, weights = choice
+        out = ops.grouped_linear(post.flatten(0, 2), indices.flatten(), self.down_proj).unflatten(0, indices.shape)
+        return (out * weights[..., None]).type_as(out)
+
+    def forward(self, x: Float[Tensor, "batch pos d_model"], choice: Choice) -> Float[Tensor, "batch pos d_model"]:
+        gate, up = self.gate_up(x, choice[0])
+        return self.down(F.gelu(gate, approximate="tanh") * up, choice).sum(-2)
+
+    def with_sites(self, x: Float[Tensor, "batch pos d_model"], choice: Choice) -> Float[Tensor, "batch pos d_model"]:
+        gate, up = self.gate_up(x, choice[0])
+        gate, up = self.hook_expert_pre(gate), self.hook_expert_pre_linear(up)
+        post = self.hook_expert_post(F.gelu(gate, approximate="tanh") * up)
+        return self.hook_out(self.hook_expert_out(self.down(post, choice)).sum(-2))
