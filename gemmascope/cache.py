@@ -46,6 +46,11 @@ class RoutingTrace:
         return torch.stack([chosen.flatten().bincount(minlength=n_experts) / chosen.numel() for chosen in self.indices])
 
 
+def _slice(given: Any) -> Slice:
+    """An int drops its axis, as in TransformerLens's cache methods."""
+    return given if isinstance(given, Slice) else Slice(given)
+
+
 class ActivationCache(transformer_lens.ActivationCache):
     """Activations by name: `cache["blocks.3.attn.hook_z"]`, `cache["z", 3]`, `cache["moe.router.hook_probs", 3]`.
 
@@ -82,7 +87,10 @@ class ActivationCache(transformer_lens.ActivationCache):
     @property
     def nbytes(self) -> int:
         """Memory that this cache keeps alive, in bytes; tensors that share memory count once."""
-        storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in self.cache_dict.values()}
+        storages = {
+            tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
+            for tensor in self.cache_dict.values()
+        }
         return sum(storages.values())
 
     def full_name(self, key: str | tuple) -> str:
@@ -93,7 +101,9 @@ class ActivationCache(transformer_lens.ActivationCache):
         if layer is None:
             return self.full_name(short)
         layer = range(self.model.cfg.n_layers)[layer]
-        ours = [name for name in (f"blocks.{layer}.{short}", f"blocks.{layer}.hook_{short}") if name in self.model.sites]
+        ours = [
+            name for name in (f"blocks.{layer}.{short}", f"blocks.{layer}.hook_{short}") if name in self.model.sites
+        ]
         return ours[0] if ours else get_act_name(short, layer, *key[2:])
 
     def __getitem__(self, key: str | tuple) -> Tensor:
@@ -105,9 +115,15 @@ class ActivationCache(transformer_lens.ActivationCache):
             self.model._check_name(name)  # raises, with the nearest names
         if site is None or not site.expansion:
             near = difflib.get_close_matches(name, self.cache_dict, n=3)
-            raise KeyError(f"{name} was not cached" + (f" (near it: {', '.join(near)})" if near else "") + ": name it in names_filter.")
+            raise KeyError(
+                f"{name} was not cached"
+                + (f" (near it: {', '.join(near)})" if near else "")
+                + ": name it in names_filter."
+            )
         if name in self._changed:
-            raise KeyError(f"{name} was changed by a hook and not cached, so it cannot be recomputed: name it in names_filter.")
+            raise KeyError(
+                f"{name} was changed by a hook and not cached, so it cannot be recomputed: name it in names_filter."
+            )
         layer, what = int(name.split(".")[1]), name.split(".")[-1]
         if what == "hook_pattern":
             return self.pattern(layer)
@@ -123,14 +139,18 @@ class ActivationCache(transformer_lens.ActivationCache):
 
     # Attention, recomputed
 
-    def attn_scores(self, layer: int, heads: int | list[int] | None = None, rows: slice | list[int] | None = None) -> Float[Tensor, "*batch head row key"]:
+    def attn_scores(
+        self, layer: int, heads: int | list[int] | None = None, rows: slice | list[int] | None = None
+    ) -> Float[Tensor, "*batch head row key"]:
         """Masked scores of some heads (all by default) and some query rows, from the cached queries and keys. An int names one head and drops its axis."""
         layer = range(self.model.cfg.n_layers)[layer]
         geometry = self.model.layer(layer)
         q, k = self["rot_q", layer], self["rot_k", layer if geometry.kv_source is None else geometry.kv_source]
         mask = self._masks.get(geometry.kind)
         if mask is None or not self._whole or k.shape[-3] != mask.n_keys:
-            raise KeyError(f"blocks.{layer}.attn.hook_attn_scores cannot be recomputed: this cache does not hold every key (pos_slice, or a past_kv_cache); name the pattern in names_filter.")
+            raise KeyError(
+                f"blocks.{layer}.attn.hook_attn_scores cannot be recomputed: this cache does not hold every key (pos_slice, or a past_kv_cache); name the pattern in names_filter."
+            )
         q, k = (q, k) if self.has_batch_dim else (q[None], k[None])
         visible = mask.visible.to(q.device)
         if rows is not None:
@@ -143,7 +163,9 @@ class ActivationCache(transformer_lens.ActivationCache):
         scores = scores[:, 0] if isinstance(heads, int) else scores
         return scores if self.has_batch_dim else scores[0]
 
-    def pattern(self, layer: int, heads: int | list[int] | None = None, rows: slice | list[int] | None = None) -> Float[Tensor, "*batch head row key"]:
+    def pattern(
+        self, layer: int, heads: int | list[int] | None = None, rows: slice | list[int] | None = None
+    ) -> Float[Tensor, "*batch head row key"]:
         """Attention of some heads (all by default) and some query rows: rows sum to 1. An int names one head and drops its axis."""
         name = f"blocks.{range(self.model.cfg.n_layers)[layer]}.attn.hook_pattern"
         if name not in self.cache_dict:
@@ -204,7 +226,7 @@ class ActivationCache(transformer_lens.ActivationCache):
         if mlp_input:
             written, names = self._attention_terms(layer, heads)
             terms, labels = terms + written, labels + names
-        stack = Slice.unwrap(pos_slice).apply(torch.stack(terms), dim=-2)
+        stack = _slice(pos_slice).apply(torch.stack(terms), dim=-2)
         if apply_ln:
             stack = self.apply_ln_to_stack(stack, layer, mlp_input, pos_slice, has_batch_dim=self.has_batch_dim)
         return Decomposition(stack, labels)
@@ -215,7 +237,10 @@ class ActivationCache(transformer_lens.ActivationCache):
         if experts:
             block = self.model.blocks[l]
             joint = self._frozen(f"blocks.{l}.ln2_post", block.ln2_post)
-            slots = self["moe.hook_expert_out", l] * (joint * self._frozen(f"blocks.{l}.moe_ln_post", block.moe_ln_post))[..., None, :]
+            slots = (
+                self["moe.hook_expert_out", l]
+                * (joint * self._frozen(f"blocks.{l}.moe_ln_post", block.moe_ln_post))[..., None, :]
+            )
             terms = [*terms, joint * self["hook_dense_out", l], *slots.unbind(-2)]
             labels = [*labels, f"{l}_dense", *(f"{l}_slot{slot}" for slot in range(slots.shape[-2]))]
         else:
@@ -253,7 +278,7 @@ class ActivationCache(transformer_lens.ActivationCache):
         """
         n_layers = self.model.cfg.n_layers
         layer = n_layers if layer is None or layer == -1 else layer
-        positions, batches = Slice.unwrap(pos_slice), Slice.unwrap(batch_slice)
+        positions, batches = _slice(pos_slice), _slice(batch_slice)
         if has_batch_dim:
             residual_stack = batches.apply(residual_stack, dim=1)
         if recompute_ln and layer == n_layers:
@@ -281,9 +306,18 @@ class ActivationCache(transformer_lens.ActivationCache):
         """TransformerLens's decompose_resid, exact here: `decompose` by layer. mode "attn" or "mlp" keeps those terms only (and the embedding)."""
         if mode not in ("all", "attn", "mlp"):
             raise ValueError(f"mode is {mode!r}; it is 'all', 'attn' or 'mlp'.")
-        terms, labels = self.decompose(None if layer == -1 else layer, mlp_input=mlp_input, pos_slice=pos_slice, apply_ln=apply_ln)
-        keep = [(label == "embed" and incl_embeds) or (label != "embed" and (mode == "all" or label.endswith(f"_{mode}_out"))) for label in labels]
-        terms, labels = terms[torch.tensor(keep, device=terms.device)], [label for label, kept in zip(labels, keep, strict=True) if kept]
+        terms, labels = self.decompose(
+            None if layer == -1 else layer, mlp_input=mlp_input, pos_slice=pos_slice, apply_ln=apply_ln
+        )
+        keep = [
+            (label == "embed" and incl_embeds)
+            or (label != "embed" and (mode == "all" or label.endswith(f"_{mode}_out")))
+            for label in labels
+        ]
+        terms, labels = (
+            terms[torch.tensor(keep, device=terms.device)],
+            [label for label, kept in zip(labels, keep, strict=True) if kept],
+        )
         return (terms, labels) if return_labels else terms
 
     def stack_head_results(
@@ -299,7 +333,9 @@ class ActivationCache(transformer_lens.ActivationCache):
         Unlike TransformerLens's, the post-attention norm (frozen) and the later layer scalars are applied, so that the terms are
         contributions. `incl_remainder` appends the rest of the stream.
         """
-        terms, labels = self.decompose(None if layer == -1 else layer, heads=True, pos_slice=pos_slice, apply_ln=apply_ln)
+        terms, labels = self.decompose(
+            None if layer == -1 else layer, heads=True, pos_slice=pos_slice, apply_ln=apply_ln
+        )
         is_head = torch.tensor([label.startswith("L") for label in labels], device=terms.device)
         results, labels = terms[is_head], [label for label in labels if label.startswith("L")]
         if incl_remainder:
@@ -325,18 +361,24 @@ class ActivationCache(transformer_lens.ActivationCache):
             (values, labels); the values sum to `hook_unembed` at those tokens.
         """
         terms, labels = self.decompose(heads=heads, experts=experts, pos_slice=pos_slice)
-        values = self.logit_attrs(terms, tokens, incorrect_tokens, pos_slice=pos_slice, has_batch_dim=self.has_batch_dim)
+        values = self.logit_attrs(
+            terms, tokens, incorrect_tokens, pos_slice=pos_slice, has_batch_dim=self.has_batch_dim
+        )
         return values, labels
 
     # Inherited helpers that would be silently wrong here
 
     def get_full_resid_decomposition(self, *args, **kwargs):
         """Refused: TransformerLens's neuron terms skip the norm after the MLP. Use `decompose(heads=True, experts=True)`."""
-        raise ValueError("TransformerLens's neuron terms skip Gemma 4's post-norms and would not add up; use cache.decompose(heads=True).")
+        raise ValueError(
+            "TransformerLens's neuron terms skip Gemma 4's post-norms and would not add up; use cache.decompose(heads=True)."
+        )
 
     def get_neuron_results(self, *args, **kwargs):
         """Refused, like get_full_resid_decomposition."""
-        raise ValueError("TransformerLens's neuron terms skip Gemma 4's post-norms and would not add up; use cache.decompose(heads=True).")
+        raise ValueError(
+            "TransformerLens's neuron terms skip Gemma 4's post-norms and would not add up; use cache.decompose(heads=True)."
+        )
 
     stack_neuron_results = get_neuron_results
 
@@ -344,11 +386,13 @@ class ActivationCache(transformer_lens.ActivationCache):
 
     def apply_slice_to_batch_dim(self, batch_slice: Any) -> "ActivationCache":
         """A cache of some of the prompts (an int drops the batch axis)."""
-        batches = Slice.unwrap(batch_slice)
-        keep = Slice(slice(i, i + 1)) if (i := batch_slice if isinstance(batch_slice, int) else None) is not None else batches
         sliced = super().apply_slice_to_batch_dim(batch_slice)
+        keep = Slice.unwrap(batch_slice)  # which, unlike Slice(...), keeps the axis of an int
         cut = lambda x: None if x is None else keep.apply(x, dim=0)  # noqa: E731
-        masks = {kind: replace(mask, key_mask=cut(mask.key_mask), image_blocks=cut(mask.image_blocks)) for kind, mask in self._masks.items()}
+        masks = {
+            kind: replace(mask, key_mask=cut(mask.key_mask), image_blocks=cut(mask.image_blocks))
+            for kind, mask in self._masks.items()
+        }
         new = ActivationCache(sliced.cache_dict, self.model, sliced.has_batch_dim, masks, changed=self._changed)
         new._whole = self._whole
         return new

@@ -5,7 +5,7 @@ The raw JSON is parsed here, never through transformers' config object: since tr
 """
 
 import difflib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
@@ -85,7 +85,6 @@ class Gemma4Config:
     normalization_type = "RMS"
     act_fn = "gelu_pytorch_tanh"
     attn_only = False
-    default_prepend_bos = True
 
     def __post_init__(self):
         if len(self.layer_kinds) != self.n_layers:
@@ -136,7 +135,9 @@ class Gemma4Config:
         """One number for the whole model, or an error where a single number would lie."""
         values = sorted({getattr(layer, field) for layer in self.layers})
         if len(values) > 1:
-            raise AttributeError(f"{field} differs between the layers of {self.model_name} ({values}): read it from model.layer(l).{field}.")
+            raise AttributeError(
+                f"{field} differs between the layers of {self.model_name} ({values}): read it from model.layer(l).{field}."
+            )
         return values[0]
 
     @classmethod
@@ -159,11 +160,17 @@ class Gemma4Config:
         else:
             known = (*_MULTIMODAL_TYPES, *_TEXT_TYPES)
             near = difflib.get_close_matches(str(model_type), known, n=1)
-            raise ValueError(f"config.json has model_type {model_type!r}; gemmascope reads {', '.join(known)}" + (f" (did you mean {near[0]!r}?)." if near else "."))
+            raise ValueError(
+                f"config.json has model_type {model_type!r}; gemmascope reads {', '.join(known)}"
+                + (f" (did you mean {near[0]!r}?)." if near else ".")
+            )
         _refuse_unknown(text)
 
         kinds = tuple(_HF_KIND[kind] for kind in _layer_types(text))
-        rope = {"full_attention": {"rope_theta": 1e6, "partial_rotary_factor": 0.25}, "sliding_attention": {"rope_theta": 1e4}}
+        rope = {
+            "full_attention": {"rope_theta": 1e6, "partial_rotary_factor": 0.25},
+            "sliding_attention": {"rope_theta": 1e4},
+        }
         rope |= text.get("rope_parameters") or {}
         d_head_global, n_kv_global = _global_shape(text, kinds)
         moe = bool(text.get("enable_moe_block"))
@@ -260,16 +267,22 @@ def _refuse_unknown(text: dict) -> None:
     }
     for key, accepted in fixed.items():
         if text.get(key) not in accepted:
-            raise ValueError(f"config.json sets {key}={text[key]!r}; Gemma 4 text models have {accepted[0]!r}, and gemmascope computes nothing else.")
+            raise ValueError(
+                f"config.json sets {key}={text[key]!r}; Gemma 4 text models have {accepted[0]!r}, and gemmascope computes nothing else."
+            )
     kinds = {"full_attention": "proportional", "sliding_attention": "default"}
     for layer_type, rope in (text.get("rope_parameters") or {}).items():
         if rope.get("rope_type", kinds.get(layer_type)) != kinds.get(layer_type):
-            raise ValueError(f"config.json sets rope_type {rope['rope_type']!r} for {layer_type}; gemmascope computes {kinds.get(layer_type)!r} there.")
+            raise ValueError(
+                f"config.json sets rope_type {rope['rope_type']!r} for {layer_type}; gemmascope computes {kinds.get(layer_type)!r} there."
+            )
     unknown = sorted(set(text.get("layer_types") or ()) - set(_HF_KIND))
     if unknown:
         raise ValueError(f"config.json has layer types {unknown}; gemmascope computes {sorted(_HF_KIND)}.")
     if text.get("quantization_config"):
-        raise ValueError("config.json has a quantization_config; load the unquantized checkpoint (for QAT models, the -unquantized repository).")
+        raise ValueError(
+            "config.json has a quantization_config; load the unquantized checkpoint (for QAT models, the -unquantized repository)."
+        )
 
 
 def _layer_types(text: dict) -> list[str]:
@@ -292,13 +305,25 @@ def _global_shape(text: dict, kinds: tuple[LayerKind, ...]) -> tuple[int, int]:
         own = per_layer.get(str(layer), {})
         shapes[kind].add((own.get("head_dim", d_head), own.get("num_key_value_heads", n_kv)))
     if len(shapes["global"]) > 1 or shapes["sliding"] - {(d_head, n_kv)}:
-        raise ValueError(f"per_layer_config gives layers of one kind different shapes ({shapes}); Gemma 4 has one shape a kind.")
+        raise ValueError(
+            f"per_layer_config gives layers of one kind different shapes ({shapes}); Gemma 4 has one shape a kind."
+        )
     return shapes["global"].pop()
 
 
 def _preset(n_layers: int, every: int, name: str, **sizes) -> Gemma4Config:
-    kinds: tuple[LayerKind, ...] = tuple("global" if (layer + 1) % every == 0 else "sliding" for layer in range(n_layers))
-    shared = dict(n_layers=n_layers, layer_kinds=kinds, d_vocab=262144, d_head_sliding=256, d_head_global=512, dtype="bfloat16", model_name=name)
+    kinds: tuple[LayerKind, ...] = tuple(
+        "global" if (layer + 1) % every == 0 else "sliding" for layer in range(n_layers)
+    )
+    shared = dict(
+        n_layers=n_layers,
+        layer_kinds=kinds,
+        d_vocab=262144,
+        d_head_sliding=256,
+        d_head_global=512,
+        dtype="bfloat16",
+        model_name=name,
+    )
     return Gemma4Config(**shared, **sizes)
 
 
@@ -317,4 +342,3 @@ PRESETS: dict[str, Gemma4Config] = {
     "google/gemma-4-31B": _preset(60, 6, "google/gemma-4-31B", **_LARGE, d_model=5376, d_mlp_narrow=21504, n_heads=32, n_kv_heads_sliding=16, n_kv_heads_global=4),
 }  # fmt: skip
 """The five published sizes, by their hub id."""
-

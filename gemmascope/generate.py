@@ -91,7 +91,7 @@ def sample(
 @torch.no_grad()
 def generate(
     model,
-    input: str | list[str] | Int[Tensor, "batch pos"],
+    input,
     max_new_tokens: int = 32,
     *,
     temperature: float = 0.0,
@@ -113,6 +113,7 @@ def generate(
     whole sequence each time without a KV cache).
 
     Args:
+        input: a text, several, or token ids [batch, pos].
         max_new_tokens: how many at most; a sequence ends before that at a stop id, and is padded from there on.
         temperature, top_k, top_p, seed: see `sample`; the seed makes a draw repeatable.
         stop_ids: by default the checkpoint's own end-of-sequence ids; [] for none.
@@ -133,13 +134,18 @@ def generate(
     stop = torch.tensor([stop] if isinstance(stop, int) else list(stop), dtype=torch.long, device=tokens.device)
     generator = None if seed is None else torch.Generator(tokens.device).manual_seed(seed)
     if tokens.shape[1] + max_new_tokens - 1 > cfg.n_ctx:
-        raise ValueError(f"{tokens.shape[1]} prompt tokens and {max_new_tokens} new ones do not fit the {cfg.n_ctx} tokens {cfg.model_name} reads.")
+        raise ValueError(
+            f"{tokens.shape[1]} prompt tokens and {max_new_tokens} new ones do not fit the {cfg.n_ctx} tokens {cfg.model_name} reads."
+        )
 
     past = KVCache(cfg) if use_past_kv_cache else None
     record = _Record(model, names_filter) if return_cache else None
     done = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
     show = max_new_tokens >= _LONG if progress is None else progress
-    with model.hooks(fwd_hooks=list(fwd_hooks)), tqdm(total=max_new_tokens, unit="token", disable=not show, leave=False) as bar:
+    with (
+        model.hooks(fwd_hooks=list(fwd_hooks)),
+        tqdm(total=max_new_tokens, unit="token", disable=not show, leave=False) as bar,
+    ):
         for _ in range(max_new_tokens):
             new = tokens if past is None else tokens[:, past.length :]
             step, run, _ = model._begin(new, mask, past_kv_cache=past)
@@ -164,7 +170,9 @@ def generate(
     return out, record.cache(model._begin(fed, None if mask is None else mask[:, :-1])[1].masks)
 
 
-def _check_settings(max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None, cache_without_kv: bool) -> None:
+def _check_settings(
+    max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None, cache_without_kv: bool
+) -> None:
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens is {max_new_tokens}; ask for at least 1.")
     if temperature < 0:
@@ -176,7 +184,9 @@ def _check_settings(max_new_tokens: int, temperature: float, top_k: int | None, 
     if temperature == 0 and (top_k is not None or top_p is not None):
         raise ValueError("top_k and top_p change nothing at temperature 0; give a temperature to sample.")
     if cache_without_kv:
-        raise ValueError("return_cache needs the KV cache: without it every step runs all positions again, and hooks may differ between steps.")
+        raise ValueError(
+            "return_cache needs the KV cache: without it every step runs all positions again, and hooks may differ between steps."
+        )
 
 
 class _Record:

@@ -59,10 +59,14 @@ SITES: tuple[SiteInfo, ...] = (
     SiteInfo("blocks.{l}.attn.hook_v_normed", _KV, "values after their norm: what heads mix", "own kv"),
     SiteInfo("blocks.{l}.attn.hook_rot_q", _QUERY, "queries after rope"),
     SiteInfo("blocks.{l}.attn.hook_rot_k", _KV, "keys after rope", "own kv"),
-    SiteInfo("blocks.{l}.attn.hook_attn_scores", "batch head query key", "masked scores before the softmax", expansion=True),
+    SiteInfo(
+        "blocks.{l}.attn.hook_attn_scores", "batch head query key", "masked scores before the softmax", expansion=True
+    ),
     SiteInfo("blocks.{l}.attn.hook_pattern", "batch head query key", "attention after the softmax", expansion=True),
     SiteInfo("blocks.{l}.attn.hook_z", _QUERY, "per-head value mix, the input of W_O"),
-    SiteInfo("blocks.{l}.attn.hook_result", "batch pos head d_model", "per-head output before the post-norm", expansion=True),
+    SiteInfo(
+        "blocks.{l}.attn.hook_result", "batch pos head d_model", "per-head output before the post-norm", expansion=True
+    ),
     *_norm_sites("ln1_post", "the attention output"),
     SiteInfo("blocks.{l}.hook_attn_out", _STREAM, "what attention adds to the stream"),
     SiteInfo("blocks.{l}.hook_resid_mid", _STREAM, "the stream after attention"),
@@ -74,15 +78,36 @@ SITES: tuple[SiteInfo, ...] = (
     *_norm_sites("dense_ln_post", "the dense MLP output", "moe"),
     SiteInfo("blocks.{l}.hook_dense_out", _STREAM, "the dense branch after its own post-norm", "moe"),
     SiteInfo("blocks.{l}.moe.router.hook_in", _STREAM, "normed and scaled router input", "moe"),
-    SiteInfo("blocks.{l}.moe.router.hook_logits", "batch pos expert", "before the softmax; a write re-derives the selection", "moe"),
-    SiteInfo("blocks.{l}.moe.router.hook_probs", "batch pos expert", "after the softmax; a write re-derives the selection", "moe"),
-    SiteInfo("blocks.{l}.moe.router.hook_indices", "batch pos slot", "chosen experts (int64); a write forces the choice and re-derives the weights", "moe"),
+    SiteInfo(
+        "blocks.{l}.moe.router.hook_logits",
+        "batch pos expert",
+        "before the softmax; a write re-derives the selection",
+        "moe",
+    ),
+    SiteInfo(
+        "blocks.{l}.moe.router.hook_probs",
+        "batch pos expert",
+        "after the softmax; a write re-derives the selection",
+        "moe",
+    ),
+    SiteInfo(
+        "blocks.{l}.moe.router.hook_indices",
+        "batch pos slot",
+        "chosen experts (int64); a write forces the choice and re-derives the weights",
+        "moe",
+    ),
     SiteInfo("blocks.{l}.moe.router.hook_weights", "batch pos slot", "final weights of the chosen experts", "moe"),
     *_norm_sites("moe_ln_pre", "the stream before the experts", "moe"),
     SiteInfo("blocks.{l}.moe.hook_expert_pre", _EXPERT, "gate inside the chosen experts", "moe"),
     SiteInfo("blocks.{l}.moe.hook_expert_pre_linear", _EXPERT, "up projection inside the chosen experts", "moe"),
     SiteInfo("blocks.{l}.moe.hook_expert_post", _EXPERT, "neurons of the chosen experts", "moe"),
-    SiteInfo("blocks.{l}.moe.hook_expert_out", "batch pos slot d_model", "each chosen expert's weighted output", "moe", expansion=True),
+    SiteInfo(
+        "blocks.{l}.moe.hook_expert_out",
+        "batch pos slot d_model",
+        "each chosen expert's weighted output",
+        "moe",
+        expansion=True,
+    ),
     SiteInfo("blocks.{l}.moe.hook_out", _STREAM, "sum over slots, before the post-norm", "moe"),
     *_norm_sites("moe_ln_post", "the expert sum", "moe"),
     SiteInfo("blocks.{l}.hook_moe_out", _STREAM, "the expert branch after its own post-norm", "moe"),
@@ -188,12 +213,16 @@ def _checked(hook: Callable, site: Site) -> Callable:
         if new is None:
             return None
         if not isinstance(new, Tensor):
-            raise TypeError(f"Hook {name!r} at {site.name} returned a {type(new).__name__}; return a tensor of shape {list(tensor.shape)}, or None to leave it as it is.")
+            raise TypeError(
+                f"Hook {name!r} at {site.name} returned a {type(new).__name__}; return a tensor of shape {list(tensor.shape)}, or None to leave it as it is."
+            )
         for what in ("shape", "device", "dtype"):
             got, want = getattr(new, what), getattr(tensor, what)
             if got != want:
                 show = (list(got), list(want)) if what == "shape" else (got, want)
-                raise ValueError(f"Hook {name!r} at {site.name} returned {what} {show[0]}; this point carries {show[1]}: return a tensor like the one the hook was given.")
+                raise ValueError(
+                    f"Hook {name!r} at {site.name} returned {what} {show[0]}; this point carries {show[1]}: return a tensor like the one the hook was given."
+                )
         return answer
 
     return run
@@ -245,15 +274,20 @@ class HookedModel(HookedRootModule):
             template = ".".join(["blocks", "{l}", *parts[2:]])
             source = self.cfg.layers[layer].kv_source
             if source is not None and any(site.name == template and site.where == "own kv" for site in SITES):
-                raise KeyError(f"{name}: layer {layer} has no keys and values of its own, it reads those of layer {source}; use {template.format(l=source)}, which reaches every layer that shares it.")
-        near = difflib.get_close_matches(name, self.sites, n=3, cutoff=0.0)
+                raise KeyError(
+                    f"{name}: layer {layer} has no keys and values of its own, it reads those of layer {source}; use {template.format(l=source)}, which reaches every layer that shares it."
+                )
+        same_block = [site for site in self.sites if site.split(".")[:2] == parts[:2]]
+        near = difflib.get_close_matches(name, same_block or self.sites, n=3, cutoff=0.0)
         raise KeyError(f"No hook point {name!r}; the nearest are {', '.join(near)}. model.sites lists them all.")
 
     def _matching(self, name: str | Callable[[str], bool]) -> list[str]:
         if callable(name):
             names = [site for site in self.sites if name(site)]
             if not names:
-                raise ValueError("The hook-name filter matches no hook point of this model; model.sites lists them all.")
+                raise ValueError(
+                    "The hook-name filter matches no hook point of this model; model.sites lists them all."
+                )
             return names
         self._check_name(name)
         return [name]
@@ -274,7 +308,9 @@ class HookedModel(HookedRootModule):
     def changed_expansions(self) -> frozenset[str]:
         """The expansions that hooks may change now, and that can therefore not be recomputed from other sites afterwards."""
         changed = {name for name, site in self.sites.items() if site.expansion and self.hook_dict[name].written}
-        changed |= {name.replace("hook_attn_scores", "hook_pattern") for name in changed}  # the pattern follows the scores
+        changed |= {
+            name.replace("hook_attn_scores", "hook_pattern") for name in changed
+        }  # the pattern follows the scores
         return frozenset(changed)
 
     def names_to_cache(self, names_filter: None | str | Sequence[str] | Callable[[str], bool]) -> list[str]:
@@ -308,5 +344,7 @@ class HookedModel(HookedRootModule):
             cache[name] = tensor if device is None else tensor.to(device)
 
         names = self.names_to_cache(names_filter)
-        backward = [name for name in names if not name.endswith("hook_indices")] if incl_bwd else []  # integers have no gradient
+        backward = (
+            [name for name in names if not name.endswith("hook_indices")] if incl_bwd else []
+        )  # integers have no gradient
         return cache, [(name, Reader(store)) for name in names], [(name, Reader(store, "_grad")) for name in backward]

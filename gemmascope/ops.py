@@ -34,7 +34,9 @@ class Mask:
     @property
     def plain(self) -> bool:
         """Causal and nothing else."""
-        return self.key_mask is None and self.image_blocks is None and (self.window is None or self.n_keys <= self.window)
+        return (
+            self.key_mask is None and self.image_blocks is None and (self.window is None or self.n_keys <= self.window)
+        )
 
     @cached_property
     def visible(self) -> Bool[Tensor, "#batch query key"]:
@@ -52,11 +54,12 @@ class Mask:
         return seen if seen.ndim == 3 else seen[None]
 
 
-
 def _forced() -> bool:
     choice = os.environ.get("GEMMASCOPE_OPS", "")
     if choice and choice not in _CHOICES:
-        raise ValueError(f"GEMMASCOPE_OPS={choice!r} is not known; it takes {', '.join(_CHOICES)}, or nothing for the fastest that fits.")
+        raise ValueError(
+            f"GEMMASCOPE_OPS={choice!r} is not known; it takes {', '.join(_CHOICES)}, or nothing for the fastest that fits."
+        )
     return bool(choice)
 
 

@@ -4,7 +4,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
 
 from gemmascope.config import PRESETS, Gemma4Config
 from gemmascope.model.text import HookedGemma4, RMSNorm
@@ -54,7 +53,9 @@ def tiny_model(architecture: str, seed: int = 0, **changes) -> HookedGemma4:
             elif tensor.ndim > 1:
                 # Matrices keep the size of what passes through them; the embedding starts at RMS 1 after its scale.
                 tensor.normal_(0, (tensor.shape[-1]) ** -0.5, generator=generator)
-        for module in model.modules():
+        for name, module in model.named_modules():
             if isinstance(module, RMSNorm):
                 near_one(module.weight)
+                if name.endswith(("q_norm", "k_norm")):
+                    module.weight *= module.weight.numel() ** -0.25  # scores of standard deviation 1, the scale being 1
     return model.eval()

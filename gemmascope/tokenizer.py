@@ -3,10 +3,10 @@
 The tokenizer is a BPE with byte fallback: a space is written "▁", a character without a token of its own becomes one
 token per UTF-8 byte, a run of newlines is one token.
 
-Whether BOS is added follows one rule, transformers' own: `add_bos_token` in tokenizer_config.json where it stands
-there, else whatever the post-processor inside tokenizer.json does. Google's base checkpoints add it (and talk nonsense
-without it); the instruction-tuned ones do not, because the chat template writes it. Unlike transformers, a text that
-already starts with BOS never gets a second one.
+Whether BOS is added follows one rule, transformers' own: the post-processor inside tokenizer.json says, and
+`add_bos_token` in tokenizer_config.json is not read. Google's base checkpoints add BOS and talk nonsense without it (so
+do copies of their first-day files, which lack the rule: pass prepend_bos=True there). The instruction-tuned ones do not
+add it: the chat template writes it. Unlike in transformers, a text that starts with BOS never gets a second one.
 """
 
 import json
@@ -44,8 +44,7 @@ class Gemma4Tokenizer:
         self.bos_token, self.bos_token_id = self._special("bos")
         self.eos_token, self.eos_token_id = self._special("eos")
         self.pad_token, self.pad_token_id = self._special("pad")
-        add_bos = self.config.get("add_bos_token")
-        self.add_bos: bool = backend.encode("").ids[:1] == [self.bos_token_id] if add_bos is None else add_bos
+        self.add_bos: bool = backend.encode("").ids[:1] == [self.bos_token_id]
 
     def _special(self, kind: str) -> tuple[str, int]:
         token = self.config.get(f"{kind}_token") or f"<{kind}>"
@@ -82,8 +81,7 @@ class Gemma4Tokenizer:
         folder = Path(folder)
         self.backend.save(str(folder / "tokenizer.json"))
         config = {"tokenizer_class": "GemmaTokenizer", "padding_side": "left", **self.config}
-        config |= {"add_bos_token": self.add_bos, "bos_token": self.bos_token}
-        config |= {"eos_token": self.eos_token, "pad_token": self.pad_token}
+        config |= {"bos_token": self.bos_token, "eos_token": self.eos_token, "pad_token": self.pad_token}
         (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         if self.chat_template is not None:
             (folder / "chat_template.jinja").write_text(self.chat_template, encoding="utf-8")

@@ -1,7 +1,5 @@
 """What TransformerLens users and tools expect of a model, apart from its arithmetic: caching, text, weights by their names."""
 
-from typing import Any
-
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -55,23 +53,31 @@ class LensModel(HookedModel):
             return out, stored
         return out, ActivationCache(stored, self, not remove_batch_dim, run.masks, pos_slice, changed)
 
-    def generate(self, input, **kwargs):
+    def generate(self, input, max_new_tokens: int = 32, **kwargs):
         """Continues a prompt. See `gemmascope.generate.generate` for its arguments."""
-        return generate(self, input, **kwargs)
+        return generate(self, input, max_new_tokens, **kwargs)
+
+    def save_pretrained(self, folder, **kwargs) -> None:
+        """Writes config, safetensors and tokenizer in the Hugging Face layout. See `gemmascope.weights.save_pretrained`."""
+        from gemmascope.weights import save_pretrained  # weights builds models, so it imports this package
+
+        save_pretrained(self, folder, **kwargs)
 
     # Text and tokens
 
     def _need_tokenizer(self) -> Gemma4Tokenizer:
         if self.tokenizer is None:
-            raise ValueError(f"{self.cfg.model_name} has no tokenizer: pass token ids, or load a folder that holds tokenizer.json.")
+            raise ValueError(
+                f"{self.cfg.model_name} has no tokenizer: pass token ids, or load a folder that holds tokenizer.json."
+            )
         return self.tokenizer
 
     def to_tokens(self, input: str | list[str], prepend_bos: bool | None = None, **kwargs) -> Int[Tensor, "batch pos"]:
         """Token ids of one text or several, with BOS as the tokenizer's rules say unless `prepend_bos` is given."""
         return self._need_tokenizer().to_tokens(input, prepend_bos=prepend_bos, **kwargs).to(self.cfg.device)
 
-    def to_str_tokens(self, input, prepend_bos: bool | None = None) -> list[str]:
-        """One string a token, of a text or of token ids."""
+    def to_str_tokens(self, input, prepend_bos: bool | None = None) -> list[str] | list[list[str]]:
+        """One string a token, of a text or of token ids [pos]; a list of those for several texts or [batch, pos]."""
         return self._need_tokenizer().to_str_tokens(input, prepend_bos=prepend_bos)
 
     def to_string(self, tokens) -> str | list[str]:
@@ -96,7 +102,9 @@ class LensModel(HookedModel):
     def b_U(self) -> Float[Tensor, " d_vocab"]:
         return self.embed.weight.new_zeros(self.cfg.d_vocab)  # Gemma 4 has no biases
 
-    def accumulated_bias(self, layer: int, mlp_input: bool = False, include_mlp_biases: bool = True) -> Float[Tensor, " d_model"]:
+    def accumulated_bias(
+        self, layer: int, mlp_input: bool = False, include_mlp_biases: bool = True
+    ) -> Float[Tensor, " d_model"]:
         """The sum of all biases up to a layer: zero, Gemma 4 has none."""
         return self.embed.weight.new_zeros(self.cfg.d_model)
 
@@ -116,6 +124,8 @@ class LensModel(HookedModel):
 
         owners = [(l, layer) for l, layer in enumerate(self.cfg.layers) if layer.kv_source is None]
         if n_pos is None:
-            return pandas.DataFrame([(l, head) for l, layer in owners for head in range(layer.n_kv_heads)], columns=["layer", "head"])
+            return pandas.DataFrame(
+                [(l, head) for l, layer in owners for head in range(layer.n_kv_heads)], columns=["layer", "head"]
+            )
         rows = [(l, pos, head) for l, layer in owners for pos in range(n_pos) for head in range(layer.n_kv_heads)]
         return pandas.DataFrame(rows, columns=["layer", "pos", "head"])

@@ -47,7 +47,9 @@ class Router(nn.Module):
         indices = self.hook_indices(probs.topk(self.k, dim=-1).indices)
         n_experts = probs.shape[-1]
         if self.hook_indices.written and not ((0 <= indices) & (indices < n_experts)).all():
-            raise ValueError(f"{self.hook_indices.name}: a hook chose expert {int(indices.max())} or {int(indices.min())}; this layer has experts 0 to {n_experts - 1}.")
+            raise ValueError(
+                f"{self.hook_indices.name}: a hook chose expert {int(indices.max())} or {int(indices.min())}; this layer has experts 0 to {n_experts - 1}."
+            )
         return indices, self.hook_weights(self._weights(probs, indices))
 
 
@@ -65,7 +67,10 @@ class MoE(nn.Module):
     def gate_up(self, x: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
         """Every token into each of its experts: two tensors [batch pos slot d_expert]."""
         repeated = x[:, :, None].expand(*indices.shape, -1).flatten(0, 2)
-        return ops.grouped_linear(repeated, indices.flatten(), self.gate_up_proj).unflatten(0, indices.shape).chunk(2, dim=-1)
+        both = ops.grouped_linear(repeated, indices.flatten(), self.gate_up_proj).unflatten(0, indices.shape)
+        gate, up = both.chunk(2, dim=-1)
+        # Contiguous, because gelu rounds strided memory differently, and a hook's copy of the gate would be contiguous.
+        return gate.contiguous(), up
 
     def down(self, post: Tensor, choice: Choice) -> Tensor:
         """Each slot's weighted output: [batch pos slot d_model]."""

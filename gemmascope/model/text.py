@@ -103,7 +103,9 @@ class Attention(nn.Module):
     def _own(self, name: str) -> nn.Linear:
         source = self.geometry.kv_source
         if source is not None:
-            raise ValueError(f"Layer {self.layer} has no key and value weights: it reads the keys and values of layer {source}, model.blocks[{source}].attn.")
+            raise ValueError(
+                f"Layer {self.layer} has no key and value weights: it reads the keys and values of layer {source}, model.blocks[{source}].attn."
+            )
         return getattr(self, name)
 
     def _heads(self, projected: Tensor) -> Tensor:
@@ -132,13 +134,16 @@ class Attention(nn.Module):
 
     def with_sites(self, x: Stream, run: Pass) -> Stream:
         kind, source = self.geometry.kind, self.geometry.kv_source
-        q = self.hook_q_normed(self.q_norm(self.hook_q(self._heads(self.q_proj(x)))))
-        q = self.hook_rot_q(ops.rotate(q, *run.rope[kind]))
+        q = self.hook_q(self._heads(self.q_proj(x)))
         if source is None:
             projected = self._heads(self.k_proj(x))
             k = self.hook_k(projected)
             v = self.hook_v(projected if self.geometry.k_is_v else self._heads(self.v_proj(x)))
+        q = self.hook_q_normed(self.q_norm(q))
+        if source is None:
             k, v = self.hook_k_normed(self.k_norm(k)), self.hook_v_normed(self._normed_v(v))
+        q = self.hook_rot_q(ops.rotate(q, *run.rope[kind]))
+        if source is None:
             k, v = self._keep(run, self.hook_rot_k(ops.rotate(k, *run.rope[kind])), v)
         else:
             k, v = run.kv[source]
@@ -341,7 +346,7 @@ class HookedGemma4(LensModel):
 
     def forward(
         self,
-        input: str | list[str] | Int[Tensor, "batch pos"] | Int[Tensor, " pos"],
+        input,
         *,
         attention_mask: Tensor | None = None,
         position_ids: Int[Tensor, "#batch pos"] | None = None,
@@ -355,7 +360,8 @@ class HookedGemma4(LensModel):
         """Runs the model.
 
         Args:
-            input: text, which gets BOS as the tokenizer's rules say (several are left-padded), or token ids, taken as they are.
+            input: text, which gets BOS as the tokenizer's rules say (a list of texts is left-padded), or token ids [pos] or
+                [batch, pos], taken as they are.
             attention_mask: [batch, past + pos], 0 or False on padding, at either side.
             position_ids: for rope only; by default they count the real tokens. What a query sees follows from the order of the
                 sequence, not from these.
@@ -386,7 +392,9 @@ class HookedGemma4(LensModel):
     ) -> tuple[Tensor, Pass, Tensor | None]:
         """Tokens, what the layers share, and the attention mask: all that is known before the first layer."""
         tokens = input
-        if isinstance(input, str) or (isinstance(input, (list, tuple)) and all(isinstance(text, str) for text in input)):
+        if isinstance(input, str) or (
+            isinstance(input, (list, tuple)) and all(isinstance(text, str) for text in input)
+        ):
             tokens = self.to_tokens(input, prepend_bos=prepend_bos)
             padding = tokens == self.cfg.pad_token_id
             if attention_mask is None and padding.any():
@@ -395,7 +403,9 @@ class HookedGemma4(LensModel):
         past = past_kv_cache.length if past_kv_cache is not None else 0
         batch, total = tokens.shape[0], past + tokens.shape[1]
         if total > self.cfg.n_ctx:
-            raise ValueError(f"The prompt has {total} tokens but {self.cfg.model_name} reads at most {self.cfg.n_ctx}; shorten it.")
+            raise ValueError(
+                f"The prompt has {total} tokens but {self.cfg.model_name} reads at most {self.cfg.n_ctx}; shorten it."
+            )
         if image_blocks is not None and not self.cfg.bidirectional_images:
             raise ValueError(f"{self.cfg.model_name} reads images causally: leave image_blocks out.")
         for name, given in (("attention_mask", attention_mask), ("image_blocks", image_blocks)):
@@ -405,12 +415,16 @@ class HookedGemma4(LensModel):
         if attention_mask is not None and not attention_mask.all():
             mask = attention_mask.to(tokens.device, torch.bool)
         if position_ids is None:
-            count = torch.arange(total, device=tokens.device)[None] if mask is None else (mask.cumsum(-1) - 1).clamp(min=0)
+            count = (
+                torch.arange(total, device=tokens.device)[None] if mask is None else (mask.cumsum(-1) - 1).clamp(min=0)
+            )
             position_ids = count[:, past:]
 
         rope, masks = {}, {}
         for layer in {layer.kind: layer for layer in self.cfg.layers}.values():
-            rope[layer.kind] = ops.rope_tables(position_ids, layer.d_head, layer.rope_theta, layer.rope_fraction, self.cfg.dtype)
+            rope[layer.kind] = ops.rope_tables(
+                position_ids, layer.d_head, layer.rope_theta, layer.rope_fraction, self.cfg.dtype
+            )
             first = past_kv_cache.first_kept(layer.window, tokens.shape[1]) if past_kv_cache is not None else 0
             blocks = image_blocks if layer.window is not None else None
             masks[layer.kind] = ops.Mask(
@@ -429,13 +443,17 @@ class HookedGemma4(LensModel):
         tokens = tokens.to(self.cfg.device)
         tokens = tokens[None] if tokens.ndim == 1 else tokens
         if tokens.ndim != 2 or tokens.is_floating_point():
-            raise ValueError(f"Token ids are integers of shape [batch, pos]; got {tokens.dtype} of shape {list(tokens.shape)}.")
+            raise ValueError(
+                f"Token ids are integers of shape [batch, pos]; got {tokens.dtype} of shape {list(tokens.shape)}."
+            )
         if tokens.numel() == 0:
             raise ValueError("The prompt is empty: give at least one token (BOS alone will do).")
         if not self.embed.weight.is_meta:
             low, high = int(tokens.min()), int(tokens.max())
             if low < 0 or high >= self.cfg.d_vocab:
-                raise ValueError(f"Token id {low if low < 0 else high} is out of range: {self.cfg.model_name} has ids 0 to {self.cfg.d_vocab - 1}.")
+                raise ValueError(
+                    f"Token id {low if low < 0 else high} is out of range: {self.cfg.model_name} has ids 0 to {self.cfg.d_vocab - 1}."
+                )
         return tokens
 
     def _run(

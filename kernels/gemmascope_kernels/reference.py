@@ -18,7 +18,9 @@ def rms(x: Tensor, eps: float) -> Tensor:
     return (wide(x).square().mean(-1, keepdim=True) + eps).sqrt()
 
 
-def rope_tables(positions: Tensor, d_head: int, theta: float, fraction: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def rope_tables(
+    positions: Tensor, d_head: int, theta: float, fraction: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
     """cos and sin of rotary positions, each [b, q, h].
 
     Dimension i turns with dimension i + h/2. Only the first `fraction` of those pairs turn at all, at the frequencies they
@@ -27,7 +29,9 @@ def rope_tables(positions: Tensor, d_head: int, theta: float, fraction: float, d
     exact = torch.float64 if dtype == torch.float64 else torch.float32
     turning = int(fraction * d_head // 2)
     frequency = torch.zeros(d_head // 2, dtype=exact, device=positions.device)
-    frequency[:turning] = 1.0 / theta ** (torch.arange(0, 2 * turning, 2, dtype=exact, device=positions.device) / d_head)
+    frequency[:turning] = 1.0 / theta ** (
+        torch.arange(0, 2 * turning, 2, dtype=exact, device=positions.device) / d_head
+    )
     angle = (positions[..., None].to(exact) * frequency).repeat(1, 1, 2)
     return angle.cos().to(dtype), angle.sin().to(dtype)
 

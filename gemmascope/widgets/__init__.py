@@ -1,0 +1,1 @@
+"""Views: arrays and strings in, HTML or traits out. A leaf: nothing here imports model code."""

@@ -1,0 +1,199 @@
+"""The text model by itself: arithmetic that has a known answer, arguments of forward, and what is refused."""
+
+import math
+
+import pytest
+import torch
+from gemmascope_kernels import reference
+
+from gemmascope import ops
+from gemmascope.generate import KVCache
+from gemmascope.model.text import scale_as
+from gemmascope.testing import ARCHITECTURES, tiny_model
+
+TOKENS = torch.randint(3, 101, (2, 17), generator=torch.Generator().manual_seed(3))
+
+
+def test_global_rope_turns_a_quarter_at_the_full_heads_frequencies():
+    cos, sin = reference.rope_tables(torch.tensor([[1]]), 512, 1e6, 0.25, torch.float64)
+    frequency = torch.atan2(sin, cos)[0, 0]
+    # Golden values of Gemma 4: 64 of 256 pairs turn, with exponents over the whole width of 512.
+    torch.testing.assert_close(frequency[:3], torch.tensor([1, 0.94746351, 0.89768714], dtype=torch.float64))
+    assert frequency[63] == pytest.approx(0.03337625, rel=1e-6)
+    assert frequency[64:256].abs().max() == 0 and torch.equal(frequency[256:], frequency[:256])
+
+
+def test_rope_preserves_length_and_depends_on_distance_only():
+    x = torch.randn(1, 2, 3, 16, dtype=torch.float64)
+    for shift in (0, 5):
+        tables = reference.rope_tables(torch.tensor([[shift, shift + 4]]), 16, 1e4, 1.0, torch.float64)
+        turned = reference.rotate(x, *tables)
+        torch.testing.assert_close(turned.norm(dim=-1), x.norm(dim=-1))
+        product = (turned[:, 0] * turned[:, 1]).sum(-1)
+        first = product if shift == 0 else first
+    torch.testing.assert_close(product, first)
+
+
+@pytest.mark.parametrize(("d", "bf16"), [(1536, 39.25), (2560, 50.5), (2816, 53.0), (3840, 62.0), (5376, 73.5)])
+def test_embedding_scale_is_rounded_to_the_weights_dtype(d, bf16):
+    assert scale_as(torch.empty(0, dtype=torch.bfloat16), d).item() == bf16
+    assert scale_as(torch.empty(0), d).item() == pytest.approx(math.sqrt(d), rel=1e-7)
+
+
+def test_window_edge():
+    """A sliding query sees W keys, itself included: distance W - 1 yes, W no."""
+    visible = ops.Mask(9, 9, torch.device("cpu"), window=4).visible[0]
+    assert visible[8].tolist() == [False] * 5 + [True] * 4
+    assert visible[2].tolist() == [True] * 3 + [False] * 6
+    model = tiny_model("12B", n_layers=1, layer_kinds=("sliding",))  # one layer: no other way for the token to matter
+    tokens = torch.randint(3, 101, (1, 12))
+    changed = tokens.clone()
+    changed[0, 2] = (tokens[0, 2] - 3 + 1) % 98 + 3
+    moved = (model(tokens) - model(changed)).abs().amax(-1)[0] > 1e-6
+    assert moved.tolist() == [False] * 2 + [True] * 7 + [False] * 3  # window 7
+
+
+def test_mask_with_everything_against_brute_force():
+    key_mask = torch.tensor([[True] * 10, [False] * 3 + [True] * 7])
+    blocks = torch.full((2, 10), -1)
+    blocks[0, 1:8], blocks[1, 4:6] = 0, 1
+    visible = ops.Mask(6, 10, torch.device("cpu"), window=4, key_mask=key_mask, image_blocks=blocks).visible
+    for b in range(2):
+        for i in range(6):
+            for k in range(10):
+                q = i + 4
+                causal = k <= q or (blocks[b, q] == blocks[b, k] != -1)
+                assert visible[b, i, k] == ((causal and k > q - 4 and bool(key_mask[b, k])) or k == q), (b, q, k)
+
+
+@pytest.mark.parametrize("mask", ["causal", "window", "padded"])
+@pytest.mark.parametrize(("heads", "kv_heads", "d_head"), [(4, 4, 8), (6, 2, 16), (5, 1, 24)])
+def test_fused_attention_equals_the_reference(heads, kv_heads, d_head, mask, monkeypatch):
+    q, k, v = (torch.randn(2, 13, n, d_head) * 3 for n in (heads, kv_heads, kv_heads))  # scale 1: large scores
+    for tensor in (q, k, v):
+        tensor.requires_grad_()
+    key_mask = torch.ones(2, 13, dtype=torch.bool)
+    key_mask[1, :4] = False
+    settings = {"causal": {}, "window": {"window": 5}, "padded": {"key_mask": key_mask}}[mask]
+    spec = ops.Mask(13, 13, torch.device("cpu"), **settings)
+    weight, results = torch.randn(2, 13, heads, d_head), []
+    for choice in ("", "reference"):
+        monkeypatch.setenv("GEMMASCOPE_OPS", choice)
+        z = ops.attention(q, k, v, spec)
+        results.append((z, *torch.autograd.grad((z * weight).sum(), (q, k, v))))
+    for fused, explicit in zip(*results, strict=True):
+        torch.testing.assert_close(fused, explicit, rtol=1e-4, atol=1e-4)
+    monkeypatch.setenv("GEMMASCOPE_OPS", "fastest")
+    with pytest.raises(ValueError, match="'fastest' is not known; it takes reference"):
+        ops.attention(q, k, v, spec)
+
+
+def test_grouped_linear_equals_one_product_a_row():
+    x, weight = torch.randn(23, 10), torch.randn(5, 7, 10)
+    expert = torch.randint(0, 4, (23,))  # expert 4 gets nothing
+    expected = torch.stack([weight[e] @ row for row, e in zip(x, expert, strict=True)])
+    torch.testing.assert_close(reference.grouped_linear(x, expert, weight), expected)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@torch.no_grad()
+def test_kv_cache_in_pieces_equals_one_pass(architecture):
+    model = tiny_model(architecture)
+    tokens = torch.randint(3, 101, (2, 40))
+    whole, past, pieces = model(tokens), KVCache(model.cfg), []
+    for piece in tokens.split([1, 9, 2, 1, 20, 7], dim=1):
+        pieces.append(model(piece, past_kv_cache=past))
+    torch.testing.assert_close(torch.cat(pieces, dim=1), whole, rtol=0, atol=1e-4)
+    assert past.length == 40
+
+
+def test_kv_cache_of_sliding_layers_keeps_a_window_and_little_more():
+    model, cache = tiny_model("12B", n_ctx=4096), None
+    cache = KVCache(model.cfg)
+    k = torch.zeros(1, 1, 2, 8)
+    for _ in range(1000):
+        kept, _ = cache.append(0, k, k)  # layer 0 slides over 7 keys
+        cache.advance(1)
+    assert kept.shape[1] == 7 and cache.nbytes <= 4 * 7 * k.nbytes
+    with pytest.raises(ValueError, match="holds no gradients"):
+        cache.append(0, k.requires_grad_(), k)
+
+
+def test_loss():
+    model = tiny_model("E2B")
+    logits, loss = model(TOKENS, return_type="both")
+    per_token = -logits.log_softmax(-1)[:, :-1].gather(-1, TOKENS[:, 1:, None])[..., 0]
+    torch.testing.assert_close(loss, per_token.mean())
+    torch.testing.assert_close(model(TOKENS, return_type="loss", loss_per_token=True), per_token)
+    mask = torch.ones_like(TOKENS)
+    mask[1, :6] = 0
+    masked = model(TOKENS, attention_mask=mask, return_type="loss", loss_per_token=True)
+    assert masked[1, :6].abs().max() == 0  # nothing is predicted from padding, nor is padding predicted
+    torch.testing.assert_close(model(TOKENS, attention_mask=mask, return_type="loss"), masked.sum() / (masked != 0).sum())
+    assert model(TOKENS, return_type=None) is None
+
+
+@pytest.mark.parametrize("stop", [0, 3, -1, 6])
+def test_stop_at_layer(stop):
+    model = tiny_model("26B-A4B")
+    _, cache = model.run_with_cache(TOKENS)
+    layer = stop % 7 if stop >= 0 else stop + 7
+    expected = cache["resid_post", 5] if layer == 6 else cache["resid_pre", layer]
+    assert torch.equal(model(TOKENS, stop_at_layer=stop), expected)
+    _, partial = model.run_with_cache(TOKENS, stop_at_layer=stop)
+    assert all(int(name.split(".")[1]) < layer for name in partial.keys() if name.startswith("blocks."))
+
+
+def test_float64_settles_arguments():
+    """In float64 the two lines and the two attention paths agree to the precision of float64, so nothing rounds in between."""
+    model = tiny_model("26B-A4B").double()
+    assert model.cfg.dtype == torch.float64
+    plain = model(TOKENS)
+    explicit = model.run_with_hooks(TOKENS, fwd_hooks=[(lambda name: name.endswith("pattern"), lambda t, hook: t)])
+    torch.testing.assert_close(explicit, plain, rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(model.float()(TOKENS), plain.float(), rtol=0, atol=1e-4)
+
+
+def test_model_can_be_copied_and_moved():
+    import copy
+
+    model = tiny_model("12B")
+    twin = copy.deepcopy(model)
+    twin.add_hook("blocks.1.hook_attn_out", lambda t, hook: t * 0)
+    assert not torch.equal(twin(TOKENS), model(TOKENS))
+    assert not model.blocks[1].watched and twin.blocks[1].watched
+    assert twin.to(torch.bfloat16).cfg.dtype == torch.bfloat16 and model.cfg.dtype == torch.float32
+
+
+def test_weights_by_transformer_lens_names():
+    model = tiny_model("E4B")
+    attn, geometry = model.blocks[1].attn, model.layer(1)
+    assert attn.W_Q.shape == (4, 48, geometry.d_head) and attn.W_O.shape == (4, geometry.d_head, 48)
+    assert attn.W_K.shape == attn.W_V.shape == (geometry.n_kv_heads, 48, geometry.d_head)
+    x = torch.randn(5, 48)
+    torch.testing.assert_close(torch.einsum("pd,hde->phe", x, attn.W_Q).flatten(1), attn.q_proj(x))
+    assert model.W_E.shape == (101, 48) and model.W_U.shape == (48, 101) and model.b_U.abs().max() == 0
+    moe = tiny_model("26B-A4B")
+    assert torch.equal(moe.blocks[2].attn.W_V, moe.blocks[2].attn.W_K)  # global: one projection
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "said"),
+    [
+        (lambda m: m(torch.zeros(1, 0, dtype=torch.long)), ValueError, "prompt is empty"),
+        (lambda m: m(torch.tensor([[3, 101]])), ValueError, "Token id 101 is out of range.*ids 0 to 100"),
+        (lambda m: m(torch.tensor([[-1, 5]])), ValueError, "Token id -1 is out of range"),
+        (lambda m: m(torch.ones(1, 513, dtype=torch.long)), ValueError, "513 tokens.*at most 512"),
+        (lambda m: m(torch.ones(1, 4)), ValueError, "integers of shape"),
+        (lambda m: m([[3, 4]]), TypeError, "not a list"),
+        (lambda m: m("hello"), ValueError, "has no tokenizer"),
+        (lambda m: m(TOKENS, return_type="logit"), ValueError, "'logits', 'loss', 'both' or None"),
+        (lambda m: m(TOKENS, attention_mask=torch.ones(2, 5)), ValueError, r"attention_mask has shape \[2, 5\]"),
+        (lambda m: m(TOKENS, image_blocks=torch.zeros(2, 17).long()), ValueError, "reads images causally"),
+        (lambda m: m(TOKENS, stop_at_layer=9), IndexError, "range"),
+        (lambda m: m.run_with_cache(TOKENS, remove_batch_dim=True), ValueError, "there are 2"),
+    ],
+)
+def test_bad_input(call, error, said):
+    with pytest.raises(error, match=said):
+        call(tiny_model("E2B"))
