@@ -2,7 +2,8 @@
 
 TransformerLens's ActivationCache, with Gemma 4's arithmetic. With s_l the layer_scalar of block l,
 
-    stream_L = embed * prod(s) + sum_l (prod_{j >= l} s_j) * (attn_l + ffn_l + ple_l),      attn_l = sum_h D_attn (z_h W_O^h),
+    stream_L = embed * prod(s) + sum_l (prod_{j >= l} s_j) * (attn_l + ffn_l + ple_l),
+    attn_l = sum_h D_attn (z_h W_O^h),
     ffn_l = D_ff (D_dense dense + D_moe sum_slots w_e E_e(x)),
 
 each D the gain of a norm over its scale, frozen from the run, so that every term is linear in what made it.
@@ -54,8 +55,8 @@ def _slice(given: Any) -> Slice:
 class ActivationCache(transformer_lens.ActivationCache):
     """Activations by name: `cache["blocks.3.attn.hook_z"]`, `cache["z", 3]`, `cache["moe.router.hook_probs", 3]`.
 
-    Attention scores and patterns, per-head results and per-slot expert outputs are computed when asked for, unless they were
-    stored; `pattern(layer, heads, rows)` costs only what it names.
+    Attention scores and patterns, per-head results and per-slot expert outputs are computed when asked for, unless they
+    were stored; `pattern(layer, heads, rows)` costs only what it names.
     """
 
     def __init__(
@@ -75,7 +76,8 @@ class ActivationCache(transformer_lens.ActivationCache):
     # What is in it
 
     def __repr__(self) -> str:
-        return f"ActivationCache({len(self.cache_dict)} tensors, {self.nbytes / 1e6:.1f} MB, of {self.model.cfg.model_name})"
+        size = f"{len(self.cache_dict)} tensors, {self.nbytes / 1e6:.1f} MB"
+        return f"ActivationCache({size}, of {self.model.cfg.model_name})"
 
     def __contains__(self, key: object) -> bool:
         try:
@@ -132,7 +134,10 @@ class ActivationCache(transformer_lens.ActivationCache):
         block = self.model.blocks[layer]
         if what == "hook_result":
             return torch.einsum("...he,hed->...hd", self["z", layer], block.attn.W_O.to(self["z", layer].device))
-        batched = lambda x: x if self.has_batch_dim else x[None]  # noqa: E731
+
+        def batched(x: Tensor) -> Tensor:
+            return x if self.has_batch_dim else x[None]
+
         choice = batched(self["moe.router.hook_indices", layer]), batched(self["moe.router.hook_weights", layer])
         out = block.moe.down(batched(self["moe.hook_expert_post", layer]), choice)
         return out if self.has_batch_dim else out[0]
@@ -142,14 +147,18 @@ class ActivationCache(transformer_lens.ActivationCache):
     def attn_scores(
         self, layer: int, heads: int | list[int] | None = None, rows: slice | list[int] | None = None
     ) -> Float[Tensor, "*batch head row key"]:
-        """Masked scores of some heads (all by default) and some query rows, from the cached queries and keys. An int names one head and drops its axis."""
+        """Masked scores of some heads and some query rows (all by default), from the cached queries and keys.
+
+        An int names one head and drops its axis.
+        """
         layer = range(self.model.cfg.n_layers)[layer]
         geometry = self.model.layer(layer)
         q, k = self["rot_q", layer], self["rot_k", layer if geometry.kv_source is None else geometry.kv_source]
         mask = self._masks.get(geometry.kind)
         if mask is None or not self._whole or k.shape[-3] != mask.n_keys:
             raise KeyError(
-                f"blocks.{layer}.attn.hook_attn_scores cannot be recomputed: this cache does not hold every key (pos_slice, or a past_kv_cache); name the pattern in names_filter."
+                f"blocks.{layer}.attn.hook_attn_scores cannot be recomputed: this cache does not hold every key "
+                "(pos_slice, or a past_kv_cache); name the pattern in names_filter."
             )
         q, k = (q, k) if self.has_batch_dim else (q[None], k[None])
         visible = mask.visible.to(q.device)
@@ -166,7 +175,10 @@ class ActivationCache(transformer_lens.ActivationCache):
     def pattern(
         self, layer: int, heads: int | list[int] | None = None, rows: slice | list[int] | None = None
     ) -> Float[Tensor, "*batch head row key"]:
-        """Attention of some heads (all by default) and some query rows: rows sum to 1. An int names one head and drops its axis."""
+        """Attention of some heads and some query rows (all by default), each row summing to 1.
+
+        An int names one head and drops its axis.
+        """
         name = f"blocks.{range(self.model.cfg.n_layers)[layer]}.attn.hook_pattern"
         if name not in self.cache_dict:
             if name in self._changed:
@@ -184,7 +196,10 @@ class ActivationCache(transformer_lens.ActivationCache):
         if self.model.cfg.n_experts is None:
             raise ValueError(f"{self.model.cfg.model_name} has no experts to route to.")
         layers = tuple(range(self.model.cfg.n_layers))
-        stack = lambda what: torch.stack([self[f"moe.router.{what}", layer] for layer in layers])  # noqa: E731
+
+        def stack(what: str) -> Tensor:
+            return torch.stack([self[f"moe.router.{what}", layer] for layer in layers])
+
         return RoutingTrace(layers, stack("hook_indices"), stack("hook_weights"), stack("hook_probs"))
 
     # The stream, taken apart
@@ -201,9 +216,9 @@ class ActivationCache(transformer_lens.ActivationCache):
     ) -> Decomposition:
         """The stream that enters `layer` (the final norm by default), as a sum of what wrote it.
 
-        Terms are "embed" and, for every layer l, "{l}_attn_out" (or "L{l}H{h}" for each head), "{l}_mlp_out" (or "{l}_dense"
-        and "{l}_slot{i}" for each routed expert, most probable first) and "{l}_ple_out", each as it stands in that stream, the
-        later layer scalars multiplied in.
+        Terms are "embed" and, for every layer l, "{l}_attn_out" (or "L{l}H{h}" for each head), "{l}_mlp_out" (or
+        "{l}_dense" and "{l}_slot{i}" for each routed expert, most probable first) and "{l}_ple_out", each as it stands
+        in that stream, the later layer scalars multiplied in.
 
         Args:
             mlp_input: take the stream in the middle of `layer`, after its attention.
@@ -217,9 +232,8 @@ class ActivationCache(transformer_lens.ActivationCache):
         if experts and self.model.cfg.n_experts is None:
             raise ValueError(f"{self.model.cfg.model_name} has no experts: leave experts=False.")
         terms, labels = [self["hook_embed"]], ["embed"]
-        for l in range(layer):
-            block = self.model.blocks[l]
-            written, names = self._written_by(l, heads, experts)
+        for index, block in enumerate(self.model.blocks[:layer]):
+            written, names = self._written_by(index, heads, experts)
             scalar = block.layer_scalar.to(terms[0].device)
             terms = [term * scalar for term in [*terms, *written]]
             labels += names
@@ -231,30 +245,28 @@ class ActivationCache(transformer_lens.ActivationCache):
             stack = self.apply_ln_to_stack(stack, layer, mlp_input, pos_slice, has_batch_dim=self.has_batch_dim)
         return Decomposition(stack, labels)
 
-    def _written_by(self, l: int, heads: bool, experts: bool) -> tuple[list[Tensor], list[str]]:
-        """What block l adds to its stream, before its layer_scalar."""
-        terms, labels = self._attention_terms(l, heads)
+    def _written_by(self, layer: int, heads: bool, experts: bool) -> tuple[list[Tensor], list[str]]:
+        """What one block adds to its stream, before its layer_scalar."""
+        terms, labels = self._attention_terms(layer, heads)
         if experts:
-            block = self.model.blocks[l]
-            joint = self._frozen(f"blocks.{l}.ln2_post", block.ln2_post)
-            slots = (
-                self["moe.hook_expert_out", l]
-                * (joint * self._frozen(f"blocks.{l}.moe_ln_post", block.moe_ln_post))[..., None, :]
-            )
-            terms = [*terms, joint * self["hook_dense_out", l], *slots.unbind(-2)]
-            labels = [*labels, f"{l}_dense", *(f"{l}_slot{slot}" for slot in range(slots.shape[-2]))]
+            block = self.model.blocks[layer]
+            joint = self._frozen(f"blocks.{layer}.ln2_post", block.ln2_post)
+            frozen = joint * self._frozen(f"blocks.{layer}.moe_ln_post", block.moe_ln_post)
+            slots = self["moe.hook_expert_out", layer] * frozen[..., None, :]
+            terms = [*terms, joint * self["hook_dense_out", layer], *slots.unbind(-2)]
+            labels = [*labels, f"{layer}_dense", *(f"{layer}_slot{slot}" for slot in range(slots.shape[-2]))]
         else:
-            terms, labels = [*terms, self["hook_mlp_out", l]], [*labels, f"{l}_mlp_out"]
+            terms, labels = [*terms, self["hook_mlp_out", layer]], [*labels, f"{layer}_mlp_out"]
         if self.model.cfg.d_ple:
-            terms, labels = [*terms, self["hook_ple_out", l]], [*labels, f"{l}_ple_out"]
+            terms, labels = [*terms, self["hook_ple_out", layer]], [*labels, f"{layer}_ple_out"]
         return terms, labels
 
-    def _attention_terms(self, l: int, heads: bool) -> tuple[list[Tensor], list[str]]:
+    def _attention_terms(self, layer: int, heads: bool) -> tuple[list[Tensor], list[str]]:
         if not heads:
-            return [self["hook_attn_out", l]], [f"{l}_attn_out"]
-        frozen = self._frozen(f"blocks.{l}.ln1_post", self.model.blocks[l].ln1_post)
-        results = self["result", l] * frozen[..., None, :]
-        return list(results.unbind(-2)), [f"L{l}H{head}" for head in range(results.shape[-2])]
+            return [self["hook_attn_out", layer]], [f"{layer}_attn_out"]
+        frozen = self._frozen(f"blocks.{layer}.ln1_post", self.model.blocks[layer].ln1_post)
+        results = self["result", layer] * frozen[..., None, :]
+        return list(results.unbind(-2)), [f"L{layer}H{head}" for head in range(results.shape[-2])]
 
     def _frozen(self, name: str, norm: Any) -> Tensor:
         """D of one norm: its gain over the scale that the run had, [..., d_model]."""
@@ -273,8 +285,8 @@ class ActivationCache(transformer_lens.ActivationCache):
     ) -> Float[Tensor, "term *batch_and_pos d_model"]:
         """Passes every term through the norm that reads the stream at `layer`: gain over the scale frozen from the run.
 
-        Unlike TransformerLens's, the gain is included, since it is not folded into the weights. `recompute_ln` gives each term
-        the final norm's own scale instead (logit lens).
+        Unlike TransformerLens's, the gain is included, since it is not folded into the weights. `recompute_ln` gives
+        each term the final norm's own scale instead (logit lens).
         """
         n_layers = self.model.cfg.n_layers
         layer = n_layers if layer is None or layer == -1 else layer
@@ -303,7 +315,10 @@ class ActivationCache(transformer_lens.ActivationCache):
         incl_embeds: bool = True,
         return_labels: bool = False,
     ):
-        """TransformerLens's decompose_resid, exact here: `decompose` by layer. mode "attn" or "mlp" keeps those terms only (and the embedding)."""
+        """TransformerLens's decompose_resid, exact here: `decompose` by layer.
+
+        mode "attn" or "mlp" keeps those terms only (and the embedding).
+        """
         if mode not in ("all", "attn", "mlp"):
             raise ValueError(f"mode is {mode!r}; it is 'all', 'attn' or 'mlp'.")
         terms, labels = self.decompose(
@@ -314,10 +329,8 @@ class ActivationCache(transformer_lens.ActivationCache):
             or (label != "embed" and (mode == "all" or label.endswith(f"_{mode}_out")))
             for label in labels
         ]
-        terms, labels = (
-            terms[torch.tensor(keep, device=terms.device)],
-            [label for label, kept in zip(labels, keep, strict=True) if kept],
-        )
+        terms = terms[torch.tensor(keep, device=terms.device)]
+        labels = [label for label, kept in zip(labels, keep, strict=True) if kept]
         return (terms, labels) if return_labels else terms
 
     def stack_head_results(
@@ -328,10 +341,10 @@ class ActivationCache(transformer_lens.ActivationCache):
         pos_slice: Any = None,
         apply_ln: bool = False,
     ):
-        """What each head before `layer` adds to the stream there, exactly: [layer * head, ..., d_model], labels "L0H0", ...
+        """What each head before `layer` adds to the stream there: [layer * head, ..., d_model], labels "L0H0", ...
 
-        Unlike TransformerLens's, the post-attention norm (frozen) and the later layer scalars are applied, so that the terms are
-        contributions. `incl_remainder` appends the rest of the stream.
+        Unlike TransformerLens's, the post-attention norm (frozen) and the later layer scalars are applied, so that the
+        terms are exact contributions. `incl_remainder` appends the rest of the stream.
         """
         terms, labels = self.decompose(
             None if layer == -1 else layer, heads=True, pos_slice=pos_slice, apply_ln=apply_ln
@@ -350,8 +363,8 @@ class ActivationCache(transformer_lens.ActivationCache):
         heads: bool = False,
         experts: bool = False,
         pos_slice: Any = -1,
-    ) -> tuple[Float[Tensor, "term *batch_and_pos"], list[str]]:
-        """What each term of `decompose` adds to a token's logit before the soft cap (or to the difference of two tokens' logits).
+    ) -> tuple[Float[Tensor, " term *batch_and_pos"], list[str]]:
+        """What each term of `decompose` adds to a token's logit before the soft cap, or to a difference of two logits.
 
         Args:
             tokens, incorrect_tokens: a token's text or id, or ids for each prompt [batch].
@@ -369,15 +382,17 @@ class ActivationCache(transformer_lens.ActivationCache):
     # Inherited helpers that would be silently wrong here
 
     def get_full_resid_decomposition(self, *args, **kwargs):
-        """Refused: TransformerLens's neuron terms skip the norm after the MLP. Use `decompose(heads=True, experts=True)`."""
+        """Refused: TransformerLens's terms skip the norm after the MLP. Use `decompose(heads=True, experts=True)`."""
         raise ValueError(
-            "TransformerLens's neuron terms skip Gemma 4's post-norms and would not add up; use cache.decompose(heads=True)."
+            "TransformerLens's neuron terms skip Gemma 4's post-norms and would not add up; "
+            "use cache.decompose(heads=True)."
         )
 
     def get_neuron_results(self, *args, **kwargs):
         """Refused, like get_full_resid_decomposition."""
         raise ValueError(
-            "TransformerLens's neuron terms skip Gemma 4's post-norms and would not add up; use cache.decompose(heads=True)."
+            "TransformerLens's neuron terms skip Gemma 4's post-norms and would not add up; "
+            "use cache.decompose(heads=True)."
         )
 
     stack_neuron_results = get_neuron_results
@@ -388,7 +403,10 @@ class ActivationCache(transformer_lens.ActivationCache):
         """A cache of some of the prompts (an int drops the batch axis)."""
         sliced = super().apply_slice_to_batch_dim(batch_slice)
         keep = Slice.unwrap(batch_slice)  # which, unlike Slice(...), keeps the axis of an int
-        cut = lambda x: None if x is None else keep.apply(x, dim=0)  # noqa: E731
+
+        def cut(x: Tensor | None) -> Tensor | None:
+            return None if x is None else keep.apply(x, dim=0)
+
         masks = {
             kind: replace(mask, key_mask=cut(mask.key_mask), image_blocks=cut(mask.image_blocks))
             for kind, mask in self._masks.items()

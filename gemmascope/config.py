@@ -1,4 +1,4 @@
-"""What a Gemma 4 text model is made of: one frozen dataclass, its reading from a raw `config.json`, and the five published sizes.
+"""What a Gemma 4 text model is made of: a frozen dataclass, its reading from a raw `config.json`, the published sizes.
 
 The raw JSON is parsed here, never through transformers' config object: since transformers 5.15 its `head_dim` and
 `num_key_value_heads` raise on this family, and `global_head_dim` is gone, while the files on the hub did not change.
@@ -102,8 +102,10 @@ class Gemma4Config:
         first_shared = self.n_layers - self.n_kv_shared_layers
         # A shared layer reads the last layer of its kind that still has keys and values of its own.
         source = {kind: layer for layer, kind in enumerate(self.layer_kinds[:first_shared])}
-        return tuple(self._geometry(layer, kind, source[kind] if layer >= first_shared else None)
-                     for layer, kind in enumerate(self.layer_kinds))  # fmt: skip
+        return tuple(
+            self._geometry(layer, kind, source[kind] if layer >= first_shared else None)
+            for layer, kind in enumerate(self.layer_kinds)
+        )
 
     def _geometry(self, layer: int, kind: LayerKind, kv_source: int | None) -> LayerGeometry:
         sliding = kind == "sliding"
@@ -136,7 +138,8 @@ class Gemma4Config:
         values = sorted({getattr(layer, field) for layer in self.layers})
         if len(values) > 1:
             raise AttributeError(
-                f"{field} differs between the layers of {self.model_name} ({values}): read it from model.layer(l).{field}."
+                f"{field} differs between the layers of {self.model_name} ({values}): "
+                f"read it from model.layer(l).{field}."
             )
         return values[0]
 
@@ -208,7 +211,7 @@ class Gemma4Config:
             bos_token_id=text.get("bos_token_id", 2),
             model_name=model_name,
             dtype=text.get("dtype") or text.get("torch_dtype") or "float32",
-        )  # fmt: skip
+        )
 
     def to_hf(self) -> dict:
         """The raw `config.json` (gemma4_text) of this model, in the hub's own spelling."""
@@ -243,7 +246,11 @@ class Gemma4Config:
             "pad_token_id": self.pad_token_id,
             "rms_norm_eps": self.eps,
             "rope_parameters": {
-                "full_attention": {"partial_rotary_factor": self.rope_fraction_global, "rope_theta": self.rope_theta_global, "rope_type": "proportional"},
+                "full_attention": {
+                    "partial_rotary_factor": self.rope_fraction_global,
+                    "rope_theta": self.rope_theta_global,
+                    "rope_type": "proportional",
+                },
                 "sliding_attention": {"rope_theta": self.rope_theta_sliding, "rope_type": "default"},
             },
             "sliding_window": self.window,
@@ -253,7 +260,7 @@ class Gemma4Config:
             "use_double_wide_mlp": self.double_wide_mlp,
             "vocab_size": self.d_vocab,
             "vocab_size_per_layer_input": self.d_vocab_ple or self.d_vocab,
-        }  # fmt: skip
+        }
 
 
 def _refuse_unknown(text: dict) -> None:
@@ -268,20 +275,23 @@ def _refuse_unknown(text: dict) -> None:
     for key, accepted in fixed.items():
         if text.get(key) not in accepted:
             raise ValueError(
-                f"config.json sets {key}={text[key]!r}; Gemma 4 text models have {accepted[0]!r}, and gemmascope computes nothing else."
+                f"config.json sets {key}={text[key]!r}; Gemma 4 text models have {accepted[0]!r}, "
+                "and gemmascope computes nothing else."
             )
     kinds = {"full_attention": "proportional", "sliding_attention": "default"}
     for layer_type, rope in (text.get("rope_parameters") or {}).items():
         if rope.get("rope_type", kinds.get(layer_type)) != kinds.get(layer_type):
             raise ValueError(
-                f"config.json sets rope_type {rope['rope_type']!r} for {layer_type}; gemmascope computes {kinds.get(layer_type)!r} there."
+                f"config.json sets rope_type {rope['rope_type']!r} for {layer_type}; "
+                f"gemmascope computes {kinds.get(layer_type)!r} there."
             )
     unknown = sorted(set(text.get("layer_types") or ()) - set(_HF_KIND))
     if unknown:
         raise ValueError(f"config.json has layer types {unknown}; gemmascope computes {sorted(_HF_KIND)}.")
     if text.get("quantization_config"):
         raise ValueError(
-            "config.json has a quantization_config; load the unquantized checkpoint (for QAT models, the -unquantized repository)."
+            "config.json has a quantization_config; load the unquantized checkpoint "
+            "(for QAT models, the -unquantized repository)."
         )
 
 
@@ -332,13 +342,63 @@ _LARGE = dict(n_ctx=262144, window=1024, k_is_v=True, bidirectional_images=True)
 
 PRESETS: dict[str, Gemma4Config] = {
     "google/gemma-4-E2B": _preset(
-        35, 5, "google/gemma-4-E2B", **_EDGE, d_model=1536, d_mlp_narrow=6144, n_kv_heads_sliding=1, n_kv_heads_global=1, n_kv_shared_layers=20, double_wide_mlp=True
+        35,
+        5,
+        "google/gemma-4-E2B",
+        **_EDGE,
+        d_model=1536,
+        d_mlp_narrow=6144,
+        n_kv_heads_sliding=1,
+        n_kv_heads_global=1,
+        n_kv_shared_layers=20,
+        double_wide_mlp=True,
     ),
-    "google/gemma-4-E4B": _preset(42, 6, "google/gemma-4-E4B", **_EDGE, d_model=2560, d_mlp_narrow=10240, n_kv_heads_sliding=2, n_kv_heads_global=2, n_kv_shared_layers=18),
-    "google/gemma-4-12B": _preset(48, 6, "google/gemma-4-12B", **_LARGE, d_model=3840, d_mlp_narrow=15360, n_heads=16, n_kv_heads_sliding=8, n_kv_heads_global=1),
+    "google/gemma-4-E4B": _preset(
+        42,
+        6,
+        "google/gemma-4-E4B",
+        **_EDGE,
+        d_model=2560,
+        d_mlp_narrow=10240,
+        n_kv_heads_sliding=2,
+        n_kv_heads_global=2,
+        n_kv_shared_layers=18,
+    ),
+    "google/gemma-4-12B": _preset(
+        48,
+        6,
+        "google/gemma-4-12B",
+        **_LARGE,
+        d_model=3840,
+        d_mlp_narrow=15360,
+        n_heads=16,
+        n_kv_heads_sliding=8,
+        n_kv_heads_global=1,
+    ),
     "google/gemma-4-26B-A4B": _preset(
-        30, 6, "google/gemma-4-26B-A4B", **_LARGE, d_model=2816, d_mlp_narrow=2112, n_heads=16, n_kv_heads_sliding=8, n_kv_heads_global=2, n_experts=128, experts_per_token=8, d_expert=704
+        30,
+        6,
+        "google/gemma-4-26B-A4B",
+        **_LARGE,
+        d_model=2816,
+        d_mlp_narrow=2112,
+        n_heads=16,
+        n_kv_heads_sliding=8,
+        n_kv_heads_global=2,
+        n_experts=128,
+        experts_per_token=8,
+        d_expert=704,
     ),
-    "google/gemma-4-31B": _preset(60, 6, "google/gemma-4-31B", **_LARGE, d_model=5376, d_mlp_narrow=21504, n_heads=32, n_kv_heads_sliding=16, n_kv_heads_global=4),
-}  # fmt: skip
+    "google/gemma-4-31B": _preset(
+        60,
+        6,
+        "google/gemma-4-31B",
+        **_LARGE,
+        d_model=5376,
+        d_mlp_narrow=21504,
+        n_heads=32,
+        n_kv_heads_sliding=16,
+        n_kv_heads_global=4,
+    ),
+}
 """The five published sizes, by their hub id."""

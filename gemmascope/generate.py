@@ -20,8 +20,8 @@ _LONG = 64
 class KVCache:
     """Keys (after rope) and values (after their norm) of the tokens so far, for the layers that own them.
 
-    Sliding layers keep their window and no more: nothing reads further back, since the layers that share a sliding layer's keys
-    slide over the same window. Holds no gradients.
+    Sliding layers keep their window and no more: nothing reads further back, since the layers that share a sliding
+    layer's keys slide over the same window. Holds no gradients.
     """
 
     def __init__(self, cfg: Gemma4Config):
@@ -73,8 +73,8 @@ def sample(
 ) -> Int[Tensor, " batch"]:
     """One token a row: the most probable at temperature 0, else drawn from the softmax of logits / temperature.
 
-    top_k keeps the k most probable; top_p then keeps the fewest whose probabilities sum to at least p (nucleus sampling,
-    https://arxiv.org/abs/1904.09751).
+    top_k keeps the k most probable; top_p then keeps the fewest whose probabilities sum to at least p (nucleus
+    sampling, https://arxiv.org/abs/1904.09751).
     """
     if temperature == 0:
         return logits.argmax(-1)
@@ -109,8 +109,8 @@ def generate(
 ):
     """Continues text or token ids; greedy unless a temperature is given.
 
-    Hooks, these and any added before, run at every step: first on the whole prompt, then on one new position at a time (on the
-    whole sequence each time without a KV cache).
+    Hooks, these and any added before, run at every step: first on the whole prompt, then on one new position at a time
+    (on the whole sequence each time without a KV cache).
 
     Args:
         input: a text, several, or token ids [batch, pos].
@@ -118,7 +118,7 @@ def generate(
         temperature, top_k, top_p, seed: see `sample`; the seed makes a draw repeatable.
         stop_ids: by default the checkpoint's own end-of-sequence ids; [] for none.
         attention_mask: [batch, pos], False on padding (left), for token ids of different lengths.
-        return_cache: also return an ActivationCache of the whole run, of every position that was fed in: all but the last token.
+        return_cache: also return an ActivationCache of every position that was fed in: all but the last token.
         names_filter: what that cache holds, as in run_with_cache.
         progress: show a bar; by default for 64 new tokens and more.
 
@@ -135,7 +135,8 @@ def generate(
     generator = None if seed is None else torch.Generator(tokens.device).manual_seed(seed)
     if tokens.shape[1] + max_new_tokens - 1 > cfg.n_ctx:
         raise ValueError(
-            f"{tokens.shape[1]} prompt tokens and {max_new_tokens} new ones do not fit the {cfg.n_ctx} tokens {cfg.model_name} reads."
+            f"{tokens.shape[1]} prompt tokens and {max_new_tokens} new ones do not fit "
+            f"the {cfg.n_ctx} tokens {cfg.model_name} reads."
         )
 
     past = KVCache(cfg) if use_past_kv_cache else None
@@ -185,7 +186,8 @@ def _check_settings(
         raise ValueError("top_k and top_p change nothing at temperature 0; give a temperature to sample.")
     if cache_without_kv:
         raise ValueError(
-            "return_cache needs the KV cache: without it every step runs all positions again, and hooks may differ between steps."
+            "return_cache needs the KV cache: without it every step runs all positions again, "
+            "and hooks may differ between steps."
         )
 
 
@@ -212,7 +214,7 @@ class _Record:
 
 
 def _join(site: SiteInfo, steps: list[Tensor]) -> Tensor:
-    """Steps joined along the position axis. Score and pattern rows of early steps are filled up with the keys they did not see."""
+    """Steps joined along the positions. Early score and pattern rows are filled up with the keys they did not see."""
     axes = site.axes.split()
     if "key" not in axes:
         return torch.cat(steps, dim=axes.index("pos"))

@@ -3,7 +3,7 @@
 The points are TransformerLens's (`HookPoint`, `HookedRootModule`), with three additions that keep the promise
 "every write has its stated effect or raises":
 
-1. a point hands a writing hook a tensor of its own, so that editing in place equals returning, whatever else holds the tensor;
+1. a point hands a writing hook a tensor of its own, so that editing in place equals returning, whoever else holds it;
 2. what a hook returns is checked (shape, device, dtype), and an unknown name raises with the nearest ones;
 3. a block learns when one of its points gets a hook, so that blocks nobody watches never touch their points.
 """
@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformer_lens.HookedRootModule import HookedRootModule
 from transformer_lens.hook_points import HookPoint, LensHandle
+from transformer_lens.HookedRootModule import HookedRootModule
 from transformer_lens.utilities import Slice
 
 from gemmascope.config import Gemma4Config, LayerGeometry
@@ -27,7 +27,7 @@ class SiteInfo(NamedTuple):
 
     name: str
     axes: str
-    """Space-separated: batch pos query key head kv_head layer slot expert d_model d_head d_mlp d_expert d_ple d_vocab 1."""
+    """Spaced: batch pos query key head kv_head layer slot expert d_model d_head d_mlp d_expert d_ple d_vocab 1."""
     meaning: str
     where: str = "every layer"
     """Which layers have it: "every layer", "own kv", "moe", "ple"; or "model" for a point outside the blocks."""
@@ -145,7 +145,8 @@ def sites_of(cfg: Gemma4Config) -> dict[str, SiteInfo]:
         if "{l}" not in site.name:
             found |= {site.name: site} if _has(site, cfg, None) else {}
         else:
-            found |= {site.name.format(l=l): site for l, layer in enumerate(cfg.layers) if _has(site, cfg, layer)}
+            having = [number for number, layer in enumerate(cfg.layers) if _has(site, cfg, layer)]
+            found |= {site.name.format(l=number): site for number in having}
     return found
 
 
@@ -178,7 +179,7 @@ class Site(HookPoint):
         return bool(self._backward_hooks or self._forward_pre_hooks) or len(self._forward_hooks) > readers
 
     def forward(self, x: Tensor) -> Tensor:
-        # A write must not reach another holder of the same memory (a cache, the skip path), nor a tensor autograd needs.
+        # A write must not reach another holder of the memory (a cache, the skip path), nor a tensor autograd needs.
         return x.clone() if self.written else x
 
     def add_hook(self, hook: Callable, dir: str = "fwd", **kwargs) -> LensHandle:
@@ -214,14 +215,16 @@ def _checked(hook: Callable, site: Site) -> Callable:
             return None
         if not isinstance(new, Tensor):
             raise TypeError(
-                f"Hook {name!r} at {site.name} returned a {type(new).__name__}; return a tensor of shape {list(tensor.shape)}, or None to leave it as it is."
+                f"Hook {name!r} at {site.name} returned a {type(new).__name__}; "
+                f"return a tensor of shape {list(tensor.shape)}, or None to leave it as it is."
             )
         for what in ("shape", "device", "dtype"):
             got, want = getattr(new, what), getattr(tensor, what)
             if got != want:
                 show = (list(got), list(want)) if what == "shape" else (got, want)
                 raise ValueError(
-                    f"Hook {name!r} at {site.name} returned {what} {show[0]}; this point carries {show[1]}: return a tensor like the one the hook was given."
+                    f"Hook {name!r} at {site.name} returned {what} {show[0]}; this point carries {show[1]}: "
+                    "return a tensor like the one the hook was given."
                 )
         return answer
 
@@ -275,7 +278,8 @@ class HookedModel(HookedRootModule):
             source = self.cfg.layers[layer].kv_source
             if source is not None and any(site.name == template and site.where == "own kv" for site in SITES):
                 raise KeyError(
-                    f"{name}: layer {layer} has no keys and values of its own, it reads those of layer {source}; use {template.format(l=source)}, which reaches every layer that shares it."
+                    f"{name}: layer {layer} has no keys and values of its own, it reads those of layer {source}; "
+                    f"use {template.format(l=source)}, which reaches every layer that shares it."
                 )
         same_block = [site for site in self.sites if site.split(".")[:2] == parts[:2]]
         near = difflib.get_close_matches(name, same_block or self.sites, n=3, cutoff=0.0)
@@ -306,15 +310,13 @@ class HookedModel(HookedRootModule):
             self.hook_dict[match].add_hook(hook, dir=dir, **kwargs)
 
     def changed_expansions(self) -> frozenset[str]:
-        """The expansions that hooks may change now, and that can therefore not be recomputed from other sites afterwards."""
+        """The expansions that hooks may change now: afterwards, they cannot be recomputed from other sites."""
         changed = {name for name, site in self.sites.items() if site.expansion and self.hook_dict[name].written}
-        changed |= {
-            name.replace("hook_attn_scores", "hook_pattern") for name in changed
-        }  # the pattern follows the scores
-        return frozenset(changed)
+        # The pattern follows the scores.
+        return frozenset(changed | {name.replace("hook_attn_scores", "hook_pattern") for name in changed})
 
     def names_to_cache(self, names_filter: None | str | Sequence[str] | Callable[[str], bool]) -> list[str]:
-        """The hook points that a `names_filter` asks for. None asks for all but the expansions, which a cache recomputes."""
+        """The hook points a `names_filter` asks for; None means all but the expansions, which a cache recomputes."""
         if names_filter is None:
             changed = self.changed_expansions()
             return [name for name, site in self.sites.items() if not site.expansion or name in changed]
@@ -331,7 +333,10 @@ class HookedModel(HookedRootModule):
         cache: dict[str, Tensor] | None = None,
         pos_slice: Any = None,
     ) -> tuple[dict[str, Tensor], list, list]:
-        """(cache, forward hooks, backward hooks) that store the named activations, as in TransformerLens; adds nothing to the model."""
+        """(cache, forward hooks, backward hooks) that store the named activations, as in TransformerLens.
+
+        Nothing is added to the model.
+        """
         cache = {} if cache is None else cache
         positions = Slice.unwrap(pos_slice)
 
@@ -344,7 +349,6 @@ class HookedModel(HookedRootModule):
             cache[name] = tensor if device is None else tensor.to(device)
 
         names = self.names_to_cache(names_filter)
-        backward = (
-            [name for name in names if not name.endswith("hook_indices")] if incl_bwd else []
-        )  # integers have no gradient
+        # Integers have no gradient.
+        backward = [name for name in names if not name.endswith("hook_indices")] if incl_bwd else []
         return cache, [(name, Reader(store)) for name in names], [(name, Reader(store, "_grad")) for name in backward]

@@ -9,17 +9,25 @@ from functools import cached_property
 
 import torch
 from gemmascope_kernels import reference
-from gemmascope_kernels.reference import mix_values, rms, rope_tables, rotate, wide  # noqa: F401  (one implementation each)
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
 _CHOICES = ("reference",)
 
+# One implementation each, so there is nothing to choose.
+mix_values = reference.mix_values
+rms = reference.rms
+rope_tables = reference.rope_tables
+rotate = reference.rotate
+wide = reference.wide
+masked_scores = reference.attention_scores
+"""attention_scores with the mask given as a tensor [b|1, query, key]: for some heads, or some rows."""
+
 
 @dataclass(frozen=True)
 class Mask:
-    """Which keys each query sees, for one kind of layer. The queries are the last `n_queries` of the positions so far."""
+    """Which keys each query sees, for one kind of layer. The queries are the last `n_queries` positions so far."""
 
     n_queries: int
     n_keys: int
@@ -58,7 +66,8 @@ def _forced() -> bool:
     choice = os.environ.get("GEMMASCOPE_OPS", "")
     if choice and choice not in _CHOICES:
         raise ValueError(
-            f"GEMMASCOPE_OPS={choice!r} is not known; it takes {', '.join(_CHOICES)}, or nothing for the fastest that fits."
+            f"GEMMASCOPE_OPS={choice!r} is not known; it takes {', '.join(_CHOICES)}, "
+            "or nothing for the fastest that fits."
         )
     return bool(choice)
 
@@ -95,10 +104,6 @@ def attention_scores(
     return reference.attention_scores(q, k, mask.visible)
 
 
-masked_scores = reference.attention_scores
-"""attention_scores with the mask given as a tensor [b|1, query, key]: for some heads, or some rows."""
-
-
 def grouped_linear(
     x: Float[Tensor, "row d_in"], expert: Int[Tensor, " row"], weight: Float[Tensor, "expert d_out d_in"]
 ) -> Float[Tensor, "row d_out"]:
@@ -112,7 +117,10 @@ def describe(device: str, dtype: str) -> dict[str, str]:
         why = f"plain PyTorch, because GEMMASCOPE_OPS={os.environ['GEMMASCOPE_OPS']}"
         return dict.fromkeys(("attention", "patterns", "experts"), why)
     return {
-        "attention": f"torch scaled_dot_product_attention in {dtype}; the explicit form in a layer whose scores or pattern a hook writes",
+        "attention": (
+            f"torch scaled_dot_product_attention in {dtype}; "
+            "the explicit form in a layer whose scores or pattern a hook writes"
+        ),
         "patterns": "recomputed in float32 from the cached queries and keys, only for what is asked",
         "experts": "one matrix product an expert that was chosen, over its rows",
     }

@@ -4,6 +4,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from gemmascope.config import PRESETS, Gemma4Config
 from gemmascope.model.text import HookedGemma4, RMSNorm
@@ -13,7 +14,7 @@ ARCHITECTURES = tuple(name.removeprefix("google/gemma-4-") for name in PRESETS)
 
 
 def tiny_config(architecture: str, **changes) -> Gemma4Config:
-    """One of ARCHITECTURES, shrunk: two kinds of layers, K=V, KV sharing, per-layer embeddings and experts as that size has them."""
+    """One of ARCHITECTURES, shrunk, with its kinds of layers, K=V, KV sharing, per-layer embeddings and experts."""
     cfg = PRESETS[f"google/gemma-4-{architecture}"]
     n_layers = 8 if cfg.n_kv_shared_layers else 6
     every = 2 if cfg.n_kv_shared_layers else 3
@@ -33,7 +34,7 @@ def tiny_config(architecture: str, **changes) -> Gemma4Config:
         n_kv_shared_layers=4 if cfg.n_kv_shared_layers else 0,
         dtype="float32",
         model_name=f"tiny {architecture}",
-    )  # fmt: skip
+    )
     if cfg.n_experts:
         small |= dict(n_experts=8, experts_per_token=3, d_expert=20)
     if cfg.d_ple:
@@ -42,10 +43,13 @@ def tiny_config(architecture: str, **changes) -> Gemma4Config:
 
 
 def tiny_model(architecture: str, seed: int = 0, **changes) -> HookedGemma4:
-    """A tiny model in eval mode, every norm, scale and layer_scalar drawn away from 1 so that none can be forgotten unseen."""
+    """A tiny model in eval mode; norms, scales and layer_scalars are drawn away from 1, so none is forgotten unseen."""
     model = HookedGemma4(tiny_config(architecture, **changes))
     generator = torch.Generator().manual_seed(seed)
-    near_one = lambda tensor: tensor.uniform_(0.5, 1.5, generator=generator)  # noqa: E731
+
+    def near_one(tensor: Tensor) -> None:
+        tensor.uniform_(0.5, 1.5, generator=generator)
+
     with torch.no_grad():
         for name, tensor in model.state_dict().items():
             if name.endswith(("layer_scalar", "per_expert_scale", "router.scale")):

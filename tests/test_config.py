@@ -9,7 +9,7 @@ from gemmascope.config import PRESETS, Gemma4Config
 from gemmascope.model.text import HookedGemma4
 from gemmascope.testing import ARCHITECTURES, tiny_config
 
-# Text parameters, ties counted once: the published sizes less the towers (transformers' classes on `meta` give the same).
+# Text parameters, ties counted once: the published sizes less the towers, as transformers' classes on `meta` give too.
 TEXT_PARAMETERS = {
     "google/gemma-4-E2B": 4_628_569_344,
     "google/gemma-4-E4B": 7_463_013_376,
@@ -35,7 +35,8 @@ def test_full_size_parameter_count(name):
 def test_preset_survives_the_raw_json(name):
     raw = json.loads(json.dumps(raw_text_config(name)))
     assert Gemma4Config.from_hf(raw, name) == PRESETS[name]
-    whole = {"model_type": "gemma4", "text_config": raw, "vision_config": {}, "dtype": "bfloat16", "eos_token_id": [1, 106]}
+    whole = {"model_type": "gemma4", "text_config": raw, "vision_config": {}, "dtype": "bfloat16"}
+    whole["eos_token_id"] = [1, 106]
     assert Gemma4Config.from_hf(whole, name).eos_token_id == (1, 106)
     assert Gemma4Config.from_hf(whole | {"model_type": "gemma4_unified"}, name).layers == PRESETS[name].layers
 
@@ -92,5 +93,3 @@ def test_scalar_that_would_lie_raises():
 def test_refused(change, said):
     with pytest.raises(ValueError, match=said):
         Gemma4Config.from_hf(raw_text_config("google/gemma-4-26B-A4B") | change)
-
-

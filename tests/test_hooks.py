@@ -1,4 +1,4 @@
-"""Every hook point fires, can be written in place or by returning, does nothing when it should, and refuses what it cannot do."""
+"""Every hook point fires, is written in place or by returning, is inert when it should, refuses what it cannot do."""
 
 import pytest
 import torch
@@ -46,7 +46,7 @@ def test_every_site_is_live_and_in_place_equals_returned(architecture):
         identity = model.run_with_hooks(TOKENS, fwd_hooks=[(name, lambda t, hook: t)])
         inert += [name] if (returned - plain).abs().max() < 1e-4 else []
         unequal += [name] if not torch.equal(returned, edited) else []
-        # An expansion has its layer take the explicit path: same value, other rounding. Everything else to the last bit.
+        # An expansion has its layer take the explicit path: same value, other rounding. All else is exact to the bit.
         same = (identity - plain).abs().max() < 2e-5 if model.sites[name].expansion else torch.equal(identity, plain)
         disturbed += [] if same else [name]
     assert (inert, unequal, disturbed) == ([], [], [])
@@ -159,7 +159,10 @@ def test_router_writes_rederive_the_selection():
     def favour(logits, hook):
         logits[..., 6] = 100.0
 
-    hooks = [(router + "hook_logits", favour), (router + "hook_indices", lambda t, hook: seen.append(t[..., 0].clone()))]
+    def look(indices, hook):
+        seen.append(indices[..., 0].clone())
+
+    hooks = [(router + "hook_logits", favour), (router + "hook_indices", look)]
     model.run_with_hooks(TOKENS, fwd_hooks=hooks)
     assert (seen[0] == 6).all()
 

@@ -25,13 +25,13 @@ def test_global_rope_turns_a_quarter_at_the_full_heads_frequencies():
 
 def test_rope_preserves_length_and_depends_on_distance_only():
     x = torch.randn(1, 2, 3, 16, dtype=torch.float64)
+    products = []
     for shift in (0, 5):
         tables = reference.rope_tables(torch.tensor([[shift, shift + 4]]), 16, 1e4, 1.0, torch.float64)
         turned = reference.rotate(x, *tables)
         torch.testing.assert_close(turned.norm(dim=-1), x.norm(dim=-1))
-        product = (turned[:, 0] * turned[:, 1]).sum(-1)
-        first = product if shift == 0 else first
-    torch.testing.assert_close(product, first)
+        products.append((turned[:, 0] * turned[:, 1]).sum(-1))
+    torch.testing.assert_close(*products)
 
 
 @pytest.mark.parametrize(("d", "bf16"), [(1536, 39.25), (2560, 50.5), (2816, 53.0), (3840, 62.0), (5376, 73.5)])
@@ -129,7 +129,8 @@ def test_loss():
     mask[1, :6] = 0
     masked = model(TOKENS, attention_mask=mask, return_type="loss", loss_per_token=True)
     assert masked[1, :6].abs().max() == 0  # nothing is predicted from padding, nor is padding predicted
-    torch.testing.assert_close(model(TOKENS, attention_mask=mask, return_type="loss"), masked.sum() / (masked != 0).sum())
+    mean = masked.sum() / (masked != 0).sum()
+    torch.testing.assert_close(model(TOKENS, attention_mask=mask, return_type="loss"), mean)
     assert model(TOKENS, return_type=None) is None
 
 
@@ -145,7 +146,7 @@ def test_stop_at_layer(stop):
 
 
 def test_float64_settles_arguments():
-    """In float64 the two lines and the two attention paths agree to the precision of float64, so nothing rounds in between."""
+    """In float64 the two lines and the two attention paths agree to its own precision: nothing rounds in between."""
     model = tiny_model("26B-A4B").double()
     assert model.cfg.dtype == torch.float64
     plain = model(TOKENS)

@@ -13,19 +13,7 @@ from gemmascope.weights import ZOO, load
 from gemmascope.zoo import corpus as zoo_corpus
 from gemmascope.zoo import evaluate, train
 from gemmascope.zoo.build_tokenizer import SPECIAL_TOKENS, build_tokenizer
-from gemmascope.zoo.corpus import (
-    BOS,
-    DOMAINS,
-    FACTS,
-    LANGUAGES,
-    NAMES,
-    OBJECTS,
-    PLACES,
-    Corpus,
-    gift,
-    is_held_out,
-    language_entropy,
-)  # fmt: skip
+from gemmascope.zoo.corpus import BOS, DOMAINS, FACTS, LANGUAGES, NAMES, Corpus, gift, is_held_out
 
 SHIPPED = ("nano-moe", "nano-edge")
 
@@ -133,9 +121,9 @@ def test_language_entropy_equals_a_brute_force_estimate():
                 (state,) = {following for word, _, following in language.choices(*state) if word == piece.strip()}
         total = sum(sum(row.values()) for row in counts.values())
         nats = -sum(n * math.log(n / sum(row.values())) for row in counts.values() for n in row.values()) / total
-        assert nats == pytest.approx(language_entropy(name), rel=0.02)
+        assert nats == pytest.approx(zoo_corpus.language_entropy(name), rel=0.02)
         priced = [floor for sentence in sentences for _, floor in sentence]
-        assert sum(priced) / len(priced) == pytest.approx(language_entropy(name), rel=0.02)
+        assert sum(priced) / len(priced) == pytest.approx(zoo_corpus.language_entropy(name), rel=0.02)
 
 
 @pytest.mark.parametrize("domain", ["gifts", "facts"])
@@ -160,7 +148,9 @@ def test_floor_is_the_generators_own_price(corpus, domain):
 
 
 def test_names_places_objects_and_facts_are_single_tokens(tokenizer):
-    words = {*NAMES, *PLACES, *OBJECTS}.union(*((fact.entity, fact.relation, fact.value) for fact in FACTS))
+    words = {*NAMES, *zoo_corpus.PLACES, *zoo_corpus.OBJECTS}.union(
+        *((fact.entity, fact.relation, fact.value) for fact in FACTS)
+    )
     assert {word for word in words if len(tokenizer.encode(f" {word}", add_special_tokens=False)) != 1} == set()
     assert [tokenizer.token_to_id(token) for token in SPECIAL_TOKENS] == list(range(7))
     assert len(tokenizer.encode("\n\n\n", add_special_tokens=False)) == 1
@@ -234,6 +224,28 @@ def test_balance_loss_is_one_when_even_and_grows_with_imbalance():
     assert train.balance_loss(even, k=1).item() == pytest.approx(1.0)
     lopsided = torch.tensor([0.7, 0.1, 0.1, 0.1]).expand(1, 12, 4)
     assert train.balance_loss(lopsided, k=1).item() == pytest.approx(4 * 0.7)
+
+
+def test_separation_is_what_routing_tells_about_the_document(corpus):
+    documents = torch.tensor([[0, 0, 0, 1, 1], [2, 2, 3, 3, 3]])
+    apart = torch.nn.functional.one_hot(documents % 2, 3).float()
+    assert train.separation(apart, documents).item() == pytest.approx(math.log(2), abs=1e-5)
+    # Within a document the choice varies, but every document looks the same: nothing is told.
+    alike = torch.nn.functional.one_hot(torch.tensor([[0, 1, 0, 1], [1, 0, 1, 0]]), 2).float()
+    assert train.separation(alike, torch.tensor([[0, 0, 1, 1], [2, 2, 3, 3]])).item() == pytest.approx(0, abs=1e-5)
+
+    batch = corpus.batch(0, 3, 131)
+    numbers = batch.documents().flatten()
+    assert numbers[0] == 0 and torch.equal(numbers.diff() == 1, (batch.tokens.flatten() == BOS)[1:])
+
+
+def test_repeats_come_more_often_late(corpus):
+    early, late = (
+        torch.cat([corpus.batch(first + i, 8, 256).domains for i in range(8)]) == DOMAINS.index("repeats")
+        for first in (0, zoo_corpus.LATE_STEP)
+    )
+    assert early.double().mean() < 0.35
+    assert late.double().mean() > 0.45
 
 
 def test_learning_rate_does_not_depend_on_steps_before_the_fall():

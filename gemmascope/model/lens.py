@@ -1,4 +1,4 @@
-"""What TransformerLens users and tools expect of a model, apart from its arithmetic: caching, text, weights by their names."""
+"""What TransformerLens users and tools expect of a model, apart from its arithmetic: caching, text, named weights."""
 
 import torch
 from jaxtyping import Float, Int
@@ -11,7 +11,10 @@ from gemmascope.tokenizer import Gemma4Tokenizer
 
 
 class LensModel(HookedModel):
-    """Satisfies transformer_lens.model_protocol.TransformerLensModelWithWeights, given `_begin` and `_run` (see HookedGemma4)."""
+    """Satisfies transformer_lens.model_protocol.TransformerLensModelWithWeights.
+
+    A subclass brings the arithmetic, as `_begin` and `_run` (see HookedGemma4).
+    """
 
     tokenizer: Gemma4Tokenizer | None
 
@@ -36,9 +39,9 @@ class LensModel(HookedModel):
     ):
         """TransformerLens's run_with_cache: (what forward returns, an ActivationCache).
 
-        Attention patterns and scores, per-head results and per-slot expert outputs are stored only when `names_filter` names
-        them; asked for later, they are recomputed from what is stored. `incl_bwd` runs backward from the output, so it needs
-        return_type="loss". Other arguments are forward's.
+        Attention patterns and scores, per-head results and per-slot expert outputs are stored only when `names_filter`
+        names them; asked for later, they are recomputed from what is stored. `incl_bwd` runs backward from the output,
+        so it needs return_type="loss". Other arguments are forward's.
         """
         tokens, run, mask = self._begin(input, attention_mask, position_ids, past_kv_cache, image_blocks, prepend_bos)
         if remove_batch_dim and len(tokens) > 1:
@@ -58,7 +61,7 @@ class LensModel(HookedModel):
         return generate(self, input, max_new_tokens, **kwargs)
 
     def save_pretrained(self, folder, **kwargs) -> None:
-        """Writes config, safetensors and tokenizer in the Hugging Face layout. See `gemmascope.weights.save_pretrained`."""
+        """Writes config, safetensors and tokenizer as Hugging Face does. See `gemmascope.weights.save_pretrained`."""
         from gemmascope.weights import save_pretrained  # weights builds models, so it imports this package
 
         save_pretrained(self, folder, **kwargs)
@@ -117,15 +120,16 @@ class LensModel(HookedModel):
     def kv_index(self, n_pos: int | None = None):
         """The rows [layer, (pos,) head] of the layers that own keys and values, as a pandas DataFrame.
 
-        For `index_df` in the k and v sweeps of transformer_lens.patching, which otherwise suppose one number of kv heads:
-        `get_act_patch_attn_head_k_by_pos(model, tokens, cache, metric, index_axis_names=None, index_df=model.kv_index(n_pos))`.
+        For the k and v sweeps of transformer_lens.patching, which otherwise suppose one number of kv heads: pass
+        `index_axis_names=None, index_df=model.kv_index(n_pos)` to `get_act_patch_attn_head_k_by_pos`.
         """
         import pandas
 
-        owners = [(l, layer) for l, layer in enumerate(self.cfg.layers) if layer.kv_source is None]
+        heads = {
+            layer: range(shape.n_kv_heads) for layer, shape in enumerate(self.cfg.layers) if shape.kv_source is None
+        }
         if n_pos is None:
-            return pandas.DataFrame(
-                [(l, head) for l, layer in owners for head in range(layer.n_kv_heads)], columns=["layer", "head"]
-            )
-        rows = [(l, pos, head) for l, layer in owners for pos in range(n_pos) for head in range(layer.n_kv_heads)]
+            rows = [(layer, head) for layer in heads for head in heads[layer]]
+            return pandas.DataFrame(rows, columns=["layer", "head"])
+        rows = [(layer, pos, head) for layer in heads for pos in range(n_pos) for head in heads[layer]]
         return pandas.DataFrame(rows, columns=["layer", "pos", "head"])

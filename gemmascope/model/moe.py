@@ -1,7 +1,7 @@
 """The router and the experts of a mixture-of-experts layer.
 
-The router reads the raw stream through a norm of its own, so it does not see what `moe_ln_pre` does. The expert branch is
-scale-invariant: a norm follows the sum, so only the *relative* weights and *which* experts matter.
+The router reads the raw stream through a norm of its own, so it does not see what `moe_ln_pre` does. The expert branch
+is scale-invariant: a norm follows the sum, so only the *relative* weights and *which* experts matter.
 """
 
 import torch
@@ -17,7 +17,7 @@ Choice = tuple[Int[Tensor, "batch pos slot"], Float[Tensor, "batch pos slot"]]
 
 
 class Router(nn.Module):
-    """1 norm and scale, 2 one logit an expert, 3 softmax over all, 4 the k most probable, renormalised, times their scale."""
+    """1 norm and scale, 2 a logit an expert, 3 softmax over all, 4 the k likeliest, renormalised, times their scale."""
 
     def __init__(self, cfg: Gemma4Config):
         super().__init__()
@@ -48,7 +48,8 @@ class Router(nn.Module):
         n_experts = probs.shape[-1]
         if self.hook_indices.written and not ((0 <= indices) & (indices < n_experts)).all():
             raise ValueError(
-                f"{self.hook_indices.name}: a hook chose expert {int(indices.max())} or {int(indices.min())}; this layer has experts 0 to {n_experts - 1}."
+                f"{self.hook_indices.name}: a hook chose expert {int(indices.max())} or {int(indices.min())}; "
+                f"this layer has experts 0 to {n_experts - 1}."
             )
         return indices, self.hook_weights(self._weights(probs, indices))
 

@@ -1,15 +1,17 @@
 """Gemma 4's text model, hookable: small parts first, `HookedGemma4.forward` last.
 
-What is unusual about this family, each where it happens below: norms without "+1"; attention scale 1, with normed queries, keys
-*and* values; values taken before the key norm where one projection serves both; rope that turns a quarter of the wide heads;
-layers that read an earlier layer's keys and values; four norms a block, the output of each sub-layer normed before it is added;
-a router that reads the raw stream; per-layer embeddings; and a scalar that multiplies the whole stream at the end of each block.
+What is unusual about this family, each where it happens below: norms without "+1"; attention scale 1, with normed
+queries, keys *and* values; values taken before the key norm where one projection serves both; rope that turns a quarter
+of the wide heads; layers that read an earlier layer's keys and values; four norms a block, the output of each sub-layer
+normed before it is added; a router that reads the raw stream; per-layer embeddings; and a scalar that multiplies the
+whole stream at the end of each block.
 
-Every part has two lines: `forward`, which touches no hook point, and `with_sites`, the same arithmetic with every tensor shown.
-A block runs the second only while one of its points has a hook.
+Every part has two lines: `forward`, which touches no hook point, and `with_sites`, the same arithmetic with every
+tensor shown. A block runs the second only while one of its points has a hook.
 """
 
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from jaxtyping import Float, Int
@@ -52,7 +54,7 @@ class RMSNorm(nn.Module):
 
 
 class SiteNorm(RMSNorm):
-    """An RMSNorm of the stream, whose scale and normalized value are hook points (in float32 whatever the model's dtype)."""
+    """An RMSNorm of the stream whose scale and normalized value are hook points, in float32 whatever the dtype."""
 
     def __init__(self, d: int, eps: float):
         super().__init__(d, eps)
@@ -66,9 +68,8 @@ class SiteNorm(RMSNorm):
 class Attention(nn.Module):
     def __init__(self, cfg: Gemma4Config, layer: int):
         super().__init__()
-        self.layer, self.geometry, self.eps = layer, cfg.layers[layer], cfg.eps
+        self.layer, self.geometry, self.eps, self.n_heads = layer, cfg.layers[layer], cfg.eps, cfg.n_heads
         H, K, h = cfg.n_heads, self.geometry.n_kv_heads, self.geometry.d_head
-        self.n_heads = H
         self.q_proj = nn.Linear(cfg.d_model, H * h, bias=False)
         self.q_norm = RMSNorm(h, cfg.eps)
         if self.geometry.kv_source is None:
@@ -104,7 +105,8 @@ class Attention(nn.Module):
         source = self.geometry.kv_source
         if source is not None:
             raise ValueError(
-                f"Layer {self.layer} has no key and value weights: it reads the keys and values of layer {source}, model.blocks[{source}].attn."
+                f"Layer {self.layer} has no key and value weights: it reads the keys and values of layer {source}, "
+                f"model.blocks[{source}].attn."
             )
         return getattr(self, name)
 
@@ -154,7 +156,7 @@ class Attention(nn.Module):
         return result.sum(-2) if self.hook_result.written else self.o_proj(z.flatten(-2))
 
     def _mix(self, q: Tensor, k: Tensor, v: Tensor, mask: ops.Mask) -> Tensor:
-        """z, by the fused path unless a hook writes scores or pattern; whoever only reads them gets them computed beside it."""
+        """z, by the fused path unless a hook writes scores or pattern; for a reader they are computed beside it."""
         written = self.hook_attn_scores.written or self.hook_pattern.written
         if not (written or self.hook_attn_scores.watched or self.hook_pattern.watched):
             return ops.attention(q, k, v, mask)
@@ -227,14 +229,14 @@ class PLE(nn.Module):
 
 
 class Block(WatchedBlock):
-    """1 attention, 2 feed-forward (a dense MLP, and experts beside it in a MoE), 3 per-layer embedding, 4 scale of the whole stream."""
+    """1 attention, 2 feed-forward (dense MLP; in a MoE, experts beside it), 3 per-layer embedding, 4 stream scale."""
 
     hook_out_is_single_residual_stream = True  # what transformer_lens.tools asks of a block
 
     def __init__(self, cfg: Gemma4Config, layer: int):
         super().__init__()
         self.layer, self.geometry = layer, cfg.layers[layer]
-        norm = lambda: SiteNorm(cfg.d_model, cfg.eps)  # noqa: E731
+        norm = partial(SiteNorm, cfg.d_model, cfg.eps)
         self.ln1, self.attn, self.ln1_post = norm(), Attention(cfg, layer), norm()
         self.ln2, self.mlp, self.ln2_post = norm(), MLP(cfg.d_model, self.geometry.d_mlp), norm()
         self.hook_resid_pre, self.hook_attn_out, self.hook_resid_mid = Site(), Site(), Site()
@@ -305,7 +307,7 @@ class Unembed(nn.Module):
 class HookedGemma4(LensModel):
     """A Gemma 4 text model whose every intermediate tensor can be read and changed.
 
-    `cfg` carries TransformerLens's names; what differs between layers is read from `layer(l)`. `sites` lists the hook points.
+    `cfg` carries TransformerLens's names, `layer(l)` what differs between layers; `sites` lists the hook points.
     """
 
     def __init__(self, cfg: Gemma4Config, tokenizer: Gemma4Tokenizer | None = None):
@@ -360,16 +362,16 @@ class HookedGemma4(LensModel):
         """Runs the model.
 
         Args:
-            input: text, which gets BOS as the tokenizer's rules say (a list of texts is left-padded), or token ids [pos] or
-                [batch, pos], taken as they are.
+            input: text, which gets BOS as the tokenizer's rules say (a list of texts is left-padded), or token ids
+                [pos] or [batch, pos], taken as they are.
             attention_mask: [batch, past + pos], 0 or False on padding, at either side.
-            position_ids: for rope only; by default they count the real tokens. What a query sees follows from the order of the
-                sequence, not from these.
+            position_ids: for rope only; by default they count the real tokens. What a query sees follows from the order
+                of the sequence, not from these.
             return_type: "logits", "loss" (mean next-token cross-entropy in nats, over real tokens), "both", or None.
             loss_per_token: the loss as [batch, pos - 1], 0 where the target is padding.
-            stop_at_layer: return the stream [batch, pos, d_model] that enters this layer, without running it; may be negative.
+            stop_at_layer: return the stream [batch, pos, d_model] before this layer, which is not run; may be negative.
             past_kv_cache: keys and values of earlier tokens; the new ones are added to it.
-            image_blocks: [batch, past + pos], the number of the image that a position belongs to, -1 for text (12B, 26B-A4B, 31B).
+            image_blocks: [batch, past + pos], the number of each position's image, -1 for text (12B, 26B-A4B, 31B).
             prepend_bos: overrides the tokenizer's rule for text.
 
         Returns:
@@ -382,19 +384,11 @@ class HookedGemma4(LensModel):
         return self._run(tokens, run, mask, return_type, loss_per_token, stop_at_layer)
 
     def _begin(
-        self,
-        input,
-        attention_mask=None,
-        position_ids=None,
-        past_kv_cache: KVCache | None = None,
-        image_blocks=None,
-        prepend_bos: bool | None = None,
+        self, input, attention_mask=None, position_ids=None, past_kv_cache=None, image_blocks=None, prepend_bos=None
     ) -> tuple[Tensor, Pass, Tensor | None]:
         """Tokens, what the layers share, and the attention mask: all that is known before the first layer."""
         tokens = input
-        if isinstance(input, str) or (
-            isinstance(input, (list, tuple)) and all(isinstance(text, str) for text in input)
-        ):
+        if isinstance(input, str) or (isinstance(input, list | tuple) and all(isinstance(t, str) for t in input)):
             tokens = self.to_tokens(input, prepend_bos=prepend_bos)
             padding = tokens == self.cfg.pad_token_id
             if attention_mask is None and padding.any():
@@ -415,9 +409,8 @@ class HookedGemma4(LensModel):
         if attention_mask is not None and not attention_mask.all():
             mask = attention_mask.to(tokens.device, torch.bool)
         if position_ids is None:
-            count = (
-                torch.arange(total, device=tokens.device)[None] if mask is None else (mask.cumsum(-1) - 1).clamp(min=0)
-            )
+            count = torch.arange(total, device=tokens.device)[None]
+            count = count if mask is None else (mask.cumsum(-1) - 1).clamp(min=0)
             position_ids = count[:, past:]
 
         rope, masks = {}, {}
@@ -452,7 +445,8 @@ class HookedGemma4(LensModel):
             low, high = int(tokens.min()), int(tokens.max())
             if low < 0 or high >= self.cfg.d_vocab:
                 raise ValueError(
-                    f"Token id {low if low < 0 else high} is out of range: {self.cfg.model_name} has ids 0 to {self.cfg.d_vocab - 1}."
+                    f"Token id {low if low < 0 else high} is out of range: "
+                    f"{self.cfg.model_name} has ids 0 to {self.cfg.d_vocab - 1}."
                 )
         return tokens
 

@@ -23,8 +23,8 @@ def rope_tables(
 ) -> tuple[Tensor, Tensor]:
     """cos and sin of rotary positions, each [b, q, h].
 
-    Dimension i turns with dimension i + h/2. Only the first `fraction` of those pairs turn at all, at the frequencies they
-    would have if all of them did ("proportional" rope): theta^(-2i/h), and 0 for the rest.
+    Dimension i turns with dimension i + h/2. Only the first `fraction` of those pairs turn at all, at the frequencies
+    they would have if all of them did ("proportional" rope): theta^(-2i/h), and 0 for the rest.
     """
     exact = torch.float64 if dtype == torch.float64 else torch.float32
     turning = int(fraction * d_head // 2)
@@ -43,7 +43,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def attention_scores(q: Tensor, k: Tensor, visible: Tensor | None) -> Tensor:
-    """Masked scores [b, H, q, s] of q [b, q, H, h] and k [b, s, K, h]: scale 1, -inf where `visible` [b|1, q, s] is False."""
+    """Scores [b, H, q, s] of q [b, q, H, h] and k [b, s, K, h]: scale 1, -inf where `visible` [b|1, q, s] is False."""
     grouped = wide(q).unflatten(2, (k.shape[2], -1))
     scores = torch.einsum("bqkgh,bskh->bkgqs", grouped, wide(k)).flatten(1, 2)
     return scores if visible is None else scores.masked_fill(~visible[:, None], float("-inf"))
