@@ -161,9 +161,8 @@ class ActivationCache(transformer_lens.ActivationCache):
                 "(pos_slice, or a past_kv_cache); name the pattern in names_filter."
             )
         q, k = (q, k) if self.has_batch_dim else (q[None], k[None])
-        visible = mask.visible.to(q.device)
-        if rows is not None:
-            q, visible = q[:, rows], visible[:, rows]
+        rows = slice(None) if rows is None else rows
+        q, visible = q[:, rows], mask.rows(rows).to(q.device)
         if heads is not None:
             group = q.shape[2] // k.shape[2]
             chosen = [range(q.shape[2])[head] for head in ([heads] if isinstance(heads, int) else heads)]

@@ -48,13 +48,18 @@ class Mask:
 
     @cached_property
     def visible(self) -> Bool[Tensor, "#batch query key"]:
+        """What every query sees."""
+        return self.rows(slice(None))
+
+    def rows(self, rows: slice | list[int]) -> Bool[Tensor, "#batch row key"]:
+        """What some of the queries see, at the cost of those rows."""
         key = torch.arange(self.n_keys, device=self.device)
-        query = key[self.n_keys - self.n_queries :, None]
+        of_query = key[self.n_keys - self.n_queries :][rows]
+        query = of_query[:, None]
         seen = key <= query
         if self.image_blocks is not None:
-            blocks = self.image_blocks
-            same = blocks[:, self.n_keys - self.n_queries :, None] == blocks[:, None, :]
-            seen = seen | (same & (blocks >= 0)[:, None, :])
+            block = self.image_blocks[:, None, :]
+            seen = seen | ((self.image_blocks[:, of_query, None] == block) & (block >= 0))
         if self.window is not None:
             seen = seen & (key > query - self.window)
         if self.key_mask is not None:

@@ -39,7 +39,9 @@ def setting(model):
     return corrupted, cache, metric, start.item()
 
 
-SWEEPS = {name: sweep for name, sweep in vars(patching).items() if name.startswith("get_act_patch") and type(sweep) is partial}
+SWEEPS = {
+    name: sweep for name, sweep in vars(patching).items() if name.startswith("get_act_patch") and type(sweep) is partial
+}
 
 
 def _cells(model, corrupted: torch.Tensor, axes: tuple[str, ...], kv: bool) -> pandas.DataFrame:

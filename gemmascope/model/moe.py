@@ -16,6 +16,12 @@ from gemmascope.hooks import Site
 Choice = tuple[Int[Tensor, "batch pos slot"], Float[Tensor, "batch pos slot"]]
 
 
+def drawn(*shape: int) -> nn.Parameter:
+    """A weight from N(0, 0.02). On `meta` only its shape: drawing there would import torch's compiler, for seconds."""
+    weight = torch.empty(*shape)
+    return nn.Parameter(weight if weight.is_meta else weight.normal_(0, 0.02))
+
+
 class Router(nn.Module):
     """1 norm and scale, 2 a logit an expert, 3 softmax over all, 4 the k likeliest, renormalised, times their scale."""
 
@@ -60,8 +66,8 @@ class MoE(nn.Module):
     def __init__(self, cfg: Gemma4Config):
         super().__init__()
         self.router = Router(cfg)
-        self.gate_up_proj = nn.Parameter(torch.empty(cfg.n_experts, 2 * cfg.d_expert, cfg.d_model))
-        self.down_proj = nn.Parameter(torch.empty(cfg.n_experts, cfg.d_model, cfg.d_expert))
+        self.gate_up_proj = drawn(cfg.n_experts, 2 * cfg.d_expert, cfg.d_model)
+        self.down_proj = drawn(cfg.n_experts, cfg.d_model, cfg.d_expert)
         self.hook_expert_pre, self.hook_expert_pre_linear, self.hook_expert_post = Site(), Site(), Site()
         self.hook_expert_out, self.hook_out = Site(), Site()
 

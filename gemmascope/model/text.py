@@ -23,7 +23,7 @@ from gemmascope.config import Gemma4Config, LayerGeometry, LayerKind
 from gemmascope.generate import KVCache
 from gemmascope.hooks import Site, WatchedBlock
 from gemmascope.model.lens import LensModel
-from gemmascope.model.moe import MoE
+from gemmascope.model.moe import MoE, drawn
 from gemmascope.tokenizer import Gemma4Tokenizer
 
 Stream = Float[Tensor, "batch pos d_model"]
@@ -201,8 +201,9 @@ class PerLayer(nn.Module):
     def __init__(self, cfg: Gemma4Config):
         super().__init__()
         self.n_layers, self.d_ple = cfg.n_layers, cfg.d_ple
-        self.table = nn.Embedding(cfg.d_vocab_ple, cfg.n_layers * cfg.d_ple)
-        self.proj = nn.Linear(cfg.d_model, cfg.n_layers * cfg.d_ple, bias=False)
+        width = cfg.n_layers * cfg.d_ple
+        self.table = nn.Embedding(cfg.d_vocab_ple, width, _weight=drawn(cfg.d_vocab_ple, width))
+        self.proj = nn.Linear(cfg.d_model, width, bias=False)
         self.norm = RMSNorm(cfg.d_ple, cfg.eps)
 
     def forward(self, tokens: Int[Tensor, "batch pos"], embed: Stream) -> Float[Tensor, "batch pos layer d_ple"]:
@@ -313,7 +314,7 @@ class HookedGemma4(LensModel):
     def __init__(self, cfg: Gemma4Config, tokenizer: Gemma4Tokenizer | None = None):
         super().__init__()
         self.cfg, self.tokenizer = cfg, tokenizer
-        self.embed = nn.Embedding(cfg.d_vocab, cfg.d_model)
+        self.embed = nn.Embedding(cfg.d_vocab, cfg.d_model, _weight=drawn(cfg.d_vocab, cfg.d_model))
         self.hook_embed = Site()
         self.per_layer = PerLayer(cfg) if cfg.d_ple else None
         if cfg.d_ple:

@@ -30,12 +30,26 @@ from torch import Tensor
 
 LANGUAGES = ("tavi", "kelo", "muzo", "fesi")
 DOMAINS = ("gifts", "repeats", "facts", *LANGUAGES, "code")
-# How often a document of each domain is drawn. At first repeats make up about a quarter of all tokens; from LATE_STEP
-# on, when the other tasks are as good as learned, about half: induction is the slowest circuit to form.
-DOCUMENT_WEIGHTS = (10, 3, 4, 2, 2, 2, 2, 2)
-LATE_DOCUMENT_WEIGHTS = (10, 9, 4, 2, 2, 2, 2, 2)
-LATE_STEP = 1250
 BOS = 2
+
+
+class Phase(NamedTuple):
+    """A part of the curriculum."""
+
+    weights: tuple[int, ...]
+    """How often a document of each domain is drawn."""
+    short_spans: bool
+    """Repeated spans are mostly short and return many times; else they are longer and return one to three times."""
+
+
+LATE = 1250
+# First step -> phase. Gifts and facts are learned within 1000 steps; induction is the slowest circuit to form. So repeats
+# first are a quarter of all tokens, later a half, and then short spans make the match easier to find.
+CURRICULUM = {
+    0: Phase((10, 3, 4, 2, 2, 2, 2, 2), short_spans=False),
+    LATE: Phase((10, 9, 4, 2, 2, 2, 2, 2), short_spans=False),
+    2500: Phase((10, 9, 4, 2, 2, 2, 2, 2), short_spans=True),
+}
 
 # Corpus text is cut into pieces that are single tokens: a word, digit or operator with the space before it, a run of
 # newlines, any other sign.
@@ -385,10 +399,10 @@ class Corpus:
         """Token ids of corpus text, without <bos>; equal to the tokenizer's, and faster."""
         return [self._id[piece] for piece in pieces(text)]
 
-    def document(self, rng: random.Random, domain: str) -> Document:
+    def document(self, rng: random.Random, domain: str, phase: Phase = CURRICULUM[0]) -> Document:
         """Draws one document. `domain` is one of DOMAINS."""
         if domain == "repeats":
-            return self._repeats(rng)
+            return self._repeats(rng, phase.short_spans)
         if domain == "gifts":
             priced = gift(rng).priced
         elif domain == "facts":
@@ -402,28 +416,31 @@ class Corpus:
         ids = [BOS, *(self._id[piece] for piece, _ in priced)]
         return Document(ids, [math.nan, math.nan, *(floor for _, floor in priced[1:])], [False] * len(ids))
 
-    def _repeats(self, rng: random.Random) -> Document:
-        span = rng.choices(self.random_ids, k=rng.randint(6, 48))
+    def _repeats(self, rng: random.Random, short_spans: bool) -> Document:
+        length = round(4 * 12 ** rng.random()) if short_spans else rng.randint(6, 48)
+        span = rng.choices(self.random_ids, k=length)
+        copies = 1 + max(1, rng.randint(48, 144) // length) if short_spans else rng.randint(2, 4)
+        longest_gap = length // 4 if short_spans else 10
         ids, copied = [BOS], [False]
-        for copy in range(rng.randint(2, 4)):
-            gap = rng.choices(self.random_ids, k=rng.randint(0, 10))
+        for copy in range(copies):
+            gap = rng.choices(self.random_ids, k=rng.randint(0, longest_gap))
             ids += gap + span
-            copied += [False] * (len(gap) + 1) + [copy > 0] * (len(span) - 1)
+            copied += [False] * (len(gap) + 1) + [copy > 0] * (length - 1)
         return Document(ids, [math.nan] * len(ids), copied)
 
     def batch(self, step: int, batch: int, n_ctx: int) -> Batch:
         """Batch number `step` of this seed's stream."""
         rng = random.Random(f"{self.seed}/{step}")
-        weights = DOCUMENT_WEIGHTS if step < LATE_STEP else LATE_DOCUMENT_WEIGHTS
-        rows = [self._window(rng, n_ctx, weights) for _ in range(batch)]
+        phase = CURRICULUM[max(first for first in CURRICULUM if first <= step)]
+        rows = [self._window(rng, n_ctx, phase) for _ in range(batch)]
         tokens, domains, floor, copied = zip(*rows, strict=True)
         return Batch(torch.tensor(tokens), torch.tensor(domains), torch.tensor(floor), torch.tensor(copied))
 
-    def _window(self, rng: random.Random, n_ctx: int, weights: tuple[int, ...]) -> tuple[list, list, list, list]:
+    def _window(self, rng: random.Random, n_ctx: int, phase: Phase) -> tuple[list, list, list, list]:
         ids, domains, floor, copied = [], [], [], []
         while len(ids) < n_ctx:
-            domain = rng.choices(range(len(DOMAINS)), weights=weights)[0]
-            document = self.document(rng, DOMAINS[domain])
+            domain = rng.choices(range(len(DOMAINS)), weights=phase.weights)[0]
+            document = self.document(rng, DOMAINS[domain], phase)
             ids += document.ids
             domains += [domain] * len(document.ids)
             floor += document.floor

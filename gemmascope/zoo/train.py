@@ -29,7 +29,7 @@ from gemmascope.model.text import HookedGemma4
 from gemmascope.tokenizer import Gemma4Tokenizer
 from gemmascope.weights import ZOO, save_pretrained
 from gemmascope.zoo.build_tokenizer import TOKENIZER_CONFIG, build_tokenizer
-from gemmascope.zoo.corpus import LATE_STEP, Batch, Corpus
+from gemmascope.zoo.corpus import LATE, Batch, Corpus
 from gemmascope.zoo.evaluate import circuits
 
 BATCH = 8
@@ -41,7 +41,7 @@ CLIP = 1.0
 BALANCE = 0.01
 """Weight of the Switch load-balancing loss; it is taken over the whole batch, so an expert may serve one domain."""
 SEPARATE = 0.01
-"""Weight, from LATE_STEP on, of what the routing tells about the document; no label of a domain is used."""
+"""Weight, from LATE on, of what the routing tells about the document; no label of a domain is used."""
 EVALUATE_EVERY = 500
 SAVE_EVERY = 250
 
@@ -152,7 +152,7 @@ def objective(parts: dict[str, Tensor], step: int) -> Tensor:
     if "balance" not in parts:
         return parts["loss"]
     free = parts["loss"] + BALANCE * parts["balance"]
-    return free if step < LATE_STEP else free - SEPARATE * parts["separation"]
+    return free if step < LATE else free - SEPARATE * parts["separation"]
 
 
 # --- checkpoints -----------------------------------------------------------------------------------------------------
