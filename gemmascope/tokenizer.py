@@ -92,7 +92,14 @@ class Gemma4Tokenizer:
         """The ids of one text. `add_bos=None` follows the checkpoint's rule.
 
         `add_special_tokens` is transformers' word for `add_bos`.
+
+        Raises:
+            ValueError: for a text that holds half a character (a byte that was no UTF-8, from a shell or a file).
         """
+        if (half := re.search("[\ud800-\udfff]", text)) is not None:
+            raise ValueError(
+                f"The text holds {half[0]!r} at character {half.start()}, which is no character: decode it as UTF-8."
+            )
         ids = self.backend.encode(text, add_special_tokens=False).ids
         choice = add_special_tokens if add_bos is None else add_bos
         wants_bos = self.add_bos if choice is None else choice

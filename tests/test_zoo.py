@@ -33,10 +33,8 @@ def corpus(tokenizer):
 
 def test_batches_depend_on_seed_and_step_only(tokenizer, corpus):
     again, other = Corpus(tokenizer), Corpus(tokenizer, seed=1)
-    stream = again.stream(3, 67, start=4)
-    for step in (4, 5):
-        for ours, theirs in zip(corpus.batch(step, 3, 67), next(stream), strict=True):
-            torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
+    for ours, theirs in zip(corpus.batch(4, 3, 67), again.batch(4, 3, 67), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
     assert not torch.equal(corpus.batch(4, 3, 67).tokens, corpus.batch(5, 3, 67).tokens)
     assert not torch.equal(corpus.batch(4, 3, 67).tokens, other.batch(4, 3, 67).tokens)
 
@@ -154,7 +152,7 @@ def test_names_places_objects_and_facts_are_single_tokens(tokenizer):
     assert {word for word in words if len(tokenizer.encode(f" {word}", add_special_tokens=False)) != 1} == set()
     assert [tokenizer.token_to_id(token) for token in SPECIAL_TOKENS] == list(range(7))
     assert len(tokenizer.encode("\n\n\n", add_special_tokens=False)) == 1
-    assert tokenizer.get_vocab_size() == train.CONFIGS["nano-moe"].d_vocab == train.CONFIGS["nano-edge"].d_vocab
+    assert tokenizer.get_vocab_size() == train.RECIPES["nano-moe"].cfg.d_vocab
 
 
 @pytest.mark.parametrize(
@@ -239,23 +237,24 @@ def test_separation_is_what_routing_tells_about_the_document(corpus):
     assert numbers[0] == 0 and torch.equal(numbers.diff() == 1, (batch.tokens.flatten() == BOS)[1:])
 
 
-def test_repeats_come_more_often_late(corpus):
-    early, late = (
-        torch.cat([corpus.batch(first + i, 8, 256).domains for i in range(8)]) == DOMAINS.index("repeats")
-        for first in (0, zoo_corpus.LATE_STEP)
-    )
-    assert early.double().mean() < 0.35
-    assert late.double().mean() > 0.45
+def test_later_phases_have_more_repeats_and_more_to_copy(corpus):
+    repeats, copied = [], []
+    for phase in zoo_corpus.PHASES:
+        batches = [corpus.batch(step, 8, 256, phase) for step in range(8)]
+        repeats.append(torch.cat([batch.domains == DOMAINS.index("repeats") for batch in batches]).double().mean())
+        copied.append(torch.cat([batch.copied for batch in batches]).double().mean())
+    assert repeats[0] < 0.35 < 0.45 < min(repeats[1:])
+    assert copied[0] < copied[1] < copied[2]
 
 
 def test_learning_rate_does_not_depend_on_steps_before_the_fall():
-    assert train.learning_rate(50, 1000) == train.learning_rate(50, 9000)
-    assert train.learning_rate(799, 1000) == train.PEAK_LR
-    assert train.learning_rate(900, 1000) == pytest.approx(train.PEAK_LR / 2)
+    assert train.schedule(50, 1000) == train.schedule(50, 9000) < 1
+    assert train.schedule(799, 1000) == train.schedule(799, 9000) == 1
+    assert train.schedule(900, 1000) == pytest.approx(0.5)
 
 
 def test_ngram_baselines_are_distributions(corpus):
-    ngrams = evaluate.Ngrams(corpus, train.CONFIGS["nano-moe"].d_vocab, 61, batches=2)
+    ngrams = evaluate.Ngrams(corpus, train.RECIPES["nano-moe"].cfg.d_vocab, 61, batches=2)
     token = torch.arange(ngrams.d_vocab)
     for nats in ngrams.nats(torch.full_like(token, 40), token, torch.zeros_like(token)).values():
         assert (-nats).exp().sum().item() == pytest.approx(1.0)
@@ -317,7 +316,7 @@ def test_shipped_files_are_small_and_are_the_recipes(shipped, tokenizer):
     model, _, folder = shipped
     assert sum(file.stat().st_size for file in folder.iterdir()) <= 15_000_000
     assert model.tokenizer.backend.get_vocab() == tokenizer.get_vocab()
-    assert model.cfg.layers == train.CONFIGS[folder.name].layers
+    assert model.cfg.layers == train.RECIPES[folder.name].cfg.layers
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     assert shapes == {name: tensor.shape for name, tensor in train.build(folder.name).state_dict().items()}
     assert (torch.cat([block.layer_scalar for block in model.blocks]) - 1).abs().max() > 0.01

@@ -390,10 +390,8 @@ class HookedGemma4(LensModel):
         """Tokens, what the layers share, and the attention mask: all that is known before the first layer."""
         tokens = input
         if isinstance(input, str) or (isinstance(input, list | tuple) and all(isinstance(t, str) for t in input)):
-            tokens = self.to_tokens(input, prepend_bos=prepend_bos)
-            padding = tokens == self.cfg.pad_token_id
-            if attention_mask is None and padding.any():
-                attention_mask = ~padding
+            tokens, padded = self._need_tokenizer().batch(input, prepend_bos)
+            attention_mask = padded if attention_mask is None else attention_mask
         tokens = self._checked_tokens(tokens)
         past = past_kv_cache.length if past_kv_cache is not None else 0
         batch, total = tokens.shape[0], past + tokens.shape[1]

@@ -19,7 +19,6 @@ import math
 import random
 import re
 from collections import Counter
-from collections.abc import Iterator
 from itertools import islice, product
 from typing import NamedTuple
 
@@ -42,14 +41,13 @@ class Phase(NamedTuple):
     """Repeated spans are mostly short and return many times; else they are longer and return one to three times."""
 
 
-LATE = 1250
-# First step -> phase. Gifts and facts are learned within 1000 steps; induction is the slowest circuit to form. So repeats
-# first are a quarter of all tokens, later a half, and then short spans make the match easier to find.
-CURRICULUM = {
-    0: Phase((10, 3, 4, 2, 2, 2, 2, 2), short_spans=False),
-    LATE: Phase((10, 9, 4, 2, 2, 2, 2, 2), short_spans=False),
-    2500: Phase((10, 9, 4, 2, 2, 2, 2, 2), short_spans=True),
-}
+# Gifts and facts are learned within 1000 steps; induction is the slowest circuit to form. So repeats are at first a
+# quarter of all tokens, later a half, and at last short spans make the match easier to find.
+PHASES = (
+    Phase((10, 3, 4, 2, 2, 2, 2, 2), short_spans=False),
+    Phase((10, 9, 4, 2, 2, 2, 2, 2), short_spans=False),
+    Phase((10, 9, 4, 2, 2, 2, 2, 2), short_spans=True),
+)
 
 # Corpus text is cut into pieces that are single tokens: a word, digit or operator with the space before it, a run of
 # newlines, any other sign.
@@ -399,7 +397,7 @@ class Corpus:
         """Token ids of corpus text, without <bos>; equal to the tokenizer's, and faster."""
         return [self._id[piece] for piece in pieces(text)]
 
-    def document(self, rng: random.Random, domain: str, phase: Phase = CURRICULUM[0]) -> Document:
+    def document(self, rng: random.Random, domain: str, phase: Phase = PHASES[0]) -> Document:
         """Draws one document. `domain` is one of DOMAINS."""
         if domain == "repeats":
             return self._repeats(rng, phase.short_spans)
@@ -428,10 +426,9 @@ class Corpus:
             copied += [False] * (len(gap) + 1) + [copy > 0] * (length - 1)
         return Document(ids, [math.nan] * len(ids), copied)
 
-    def batch(self, step: int, batch: int, n_ctx: int) -> Batch:
+    def batch(self, step: int, batch: int, n_ctx: int, phase: Phase = PHASES[0]) -> Batch:
         """Batch number `step` of this seed's stream."""
         rng = random.Random(f"{self.seed}/{step}")
-        phase = CURRICULUM[max(first for first in CURRICULUM if first <= step)]
         rows = [self._window(rng, n_ctx, phase) for _ in range(batch)]
         tokens, domains, floor, copied = zip(*rows, strict=True)
         return Batch(torch.tensor(tokens), torch.tensor(domains), torch.tensor(floor), torch.tensor(copied))
@@ -446,9 +443,3 @@ class Corpus:
             floor += document.floor
             copied += document.copied
         return ids[:n_ctx], domains[:n_ctx], floor[:n_ctx], copied[:n_ctx]
-
-    def stream(self, batch: int, n_ctx: int, start: int = 0) -> Iterator[Batch]:
-        """The endless sequence of batches from step `start` on."""
-        while True:
-            yield self.batch(start, batch, n_ctx)
-            start += 1

@@ -15,6 +15,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -29,50 +30,65 @@ from gemmascope.model.text import HookedGemma4
 from gemmascope.tokenizer import Gemma4Tokenizer
 from gemmascope.weights import ZOO, save_pretrained
 from gemmascope.zoo.build_tokenizer import TOKENIZER_CONFIG, build_tokenizer
-from gemmascope.zoo.corpus import LATE, Batch, Corpus
+from gemmascope.zoo.corpus import PHASES, Batch, Corpus
 from gemmascope.zoo.evaluate import circuits
 
 BATCH = 8
 STEPS = 8000
-PEAK_LR = 3e-3
 WARMUP = 100
 WEIGHT_DECAY = 0.05
 CLIP = 1.0
 BALANCE = 0.01
 """Weight of the Switch load-balancing loss; it is taken over the whole batch, so an expert may serve one domain."""
 SEPARATE = 0.01
-"""Weight, from LATE on, of what the routing tells about the document; no label of a domain is used."""
+"""Weight, from the second phase on, of what the routing tells about the document; no label of a domain is used."""
 EVALUATE_EVERY = 500
 SAVE_EVERY = 250
 
+
+@dataclass(frozen=True)
+class Recipe:
+    """What differs between the two models."""
+
+    cfg: Gemma4Config
+    phases: tuple[int, ...]
+    """First step of each of the corpus's phases."""
+    lr: float
+    """Of everything but the layer scalars, at its peak."""
+    scalar_lr: float
+    """Of the layer scalars. If they fall fast, the token drowns in what the layers add, and without per-layer embeddings
+    to bring it back induction does not form."""
+
+
 _SHARED = dict(d_model=128, n_heads=4, d_vocab=1328, n_ctx=256, window=16, d_head_sliding=32, d_head_global=64)
 _S, _G = "sliding", "global"
-CONFIGS = {
-    # 26B-A4B's shape: one projection for keys and values on the global layers, which have fewer and wider kv heads; a
-    # dense branch beside the experts.
-    "nano-moe": Gemma4Config(
-        n_layers=6, layer_kinds=(_S, _S, _G, _S, _S, _G), n_kv_heads_sliding=2, n_kv_heads_global=1, k_is_v=True,
-        d_mlp_narrow=192, n_experts=8, experts_per_token=2, d_expert=64, model_name="nano-moe", **_SHARED,
-    ),
-    # E2B's shape: per-layer embeddings; the last three layers read the keys and values of layers 2 and 3, and have MLPs
-    # twice as wide.
-    "nano-edge": Gemma4Config(
-        n_layers=7, layer_kinds=(_S, _S, _S, _G, _S, _S, _G), n_kv_heads_sliding=1, n_kv_heads_global=1,
-        n_kv_shared_layers=3, double_wide_mlp=True, d_mlp_narrow=256, d_ple=16, d_vocab_ple=1328,
-        model_name="nano-edge", **_SHARED,
-    ),
-}  # fmt: skip
+# 26B-A4B's shape: one projection for keys and values on the global layers, which have fewer and wider kv heads; a dense
+# branch beside the experts.
+_MOE = Gemma4Config(
+    n_layers=6, layer_kinds=(_S, _S, _G, _S, _S, _G), n_kv_heads_sliding=4, n_kv_heads_global=2, k_is_v=True,
+    d_mlp_narrow=192, n_experts=8, experts_per_token=2, d_expert=64, model_name="nano-moe", **_SHARED,
+)  # fmt: skip
+# E2B's shape: per-layer embeddings; the last three layers read the keys and values of layers 2 and 3, and have MLPs
+# twice as wide.
+_EDGE = Gemma4Config(
+    n_layers=7, layer_kinds=(_S, _S, _S, _G, _S, _S, _G), n_kv_heads_sliding=1, n_kv_heads_global=1,
+    n_kv_shared_layers=3, double_wide_mlp=True, d_mlp_narrow=256, d_ple=16, d_vocab_ple=1328,
+    model_name="nano-edge", **_SHARED,
+)  # fmt: skip
+RECIPES = {
+    "nano-moe": Recipe(_MOE, phases=(0, 500, 2500), lr=2e-3, scalar_lr=1e-4),
+    "nano-edge": Recipe(_EDGE, phases=(0, 1250, 2500), lr=3e-3, scalar_lr=3e-3),
+}
 
 
 def build(name: str, seed: int = 0) -> HookedGemma4:
-    """The untrained model. `name` is one of CONFIGS.
+    """The untrained model. `name` is one of RECIPES.
 
     Why not the usual initialisation: with post-norms of gain 1 each sub-layer adds as much as the embedding holds, the
     token is drowned, and induction never forms. Here the scaled embedding starts at RMS 1, each addition at 0.3, and
     attention and router logits at a standard deviation of 1.
     """
-    cfg = CONFIGS[name]
-    model = HookedGemma4(cfg, tokenizer=Gemma4Tokenizer(build_tokenizer(), TOKENIZER_CONFIG))
+    model = HookedGemma4(RECIPES[name].cfg, tokenizer=Gemma4Tokenizer(build_tokenizer(), TOKENIZER_CONFIG))
     generator = torch.Generator().manual_seed(seed)
     for parameter_name, parameter in model.named_parameters():
         part, d_in = parameter_name.split(".")[-2], parameter.shape[-1]
@@ -95,19 +111,23 @@ def trainable(model: HookedGemma4) -> dict[str, Tensor]:
     return dict(model.named_parameters()) | scalars
 
 
-def make_optimizer(model: HookedGemma4) -> torch.optim.AdamW:
-    """AdamW; matrices decay, gains and scalars do not."""
-    tensors = trainable(model).values()
+def make_optimizer(model: HookedGemma4, recipe: Recipe) -> torch.optim.AdamW:
+    """AdamW; matrices decay, gains and scalars do not. Each group keeps its peak learning rate as `peak`."""
+    named = trainable(model)
+    scalars = [tensor for name, tensor in named.items() if name.endswith("layer_scalar")]
+    gains = [tensor for name, tensor in named.items() if tensor.ndim == 1 and not name.endswith("layer_scalar")]
+    matrices = [tensor for tensor in named.values() if tensor.ndim > 1]
     groups = [
-        {"params": [t for t in tensors if t.ndim > 1], "weight_decay": WEIGHT_DECAY},
-        {"params": [t for t in tensors if t.ndim == 1], "weight_decay": 0.0},
+        {"params": matrices, "peak": recipe.lr, "weight_decay": WEIGHT_DECAY},
+        {"params": gains, "peak": recipe.lr, "weight_decay": 0.0},
+        {"params": scalars, "peak": recipe.scalar_lr, "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=PEAK_LR, betas=(0.9, 0.98), fused=True)
+    return torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=True)
 
 
-def learning_rate(step: int, steps: int) -> float:
-    """Up over WARMUP steps, level, down to zero over the last fifth."""
-    return PEAK_LR * min((step + 1) / WARMUP, 1.0, (steps - step) / (0.2 * steps))
+def schedule(step: int, steps: int) -> float:
+    """The share of the peak learning rate: up over WARMUP steps, level, down to zero over the last fifth."""
+    return min((step + 1) / WARMUP, 1.0, (steps - step) / (0.2 * steps))
 
 
 def balance_loss(probs: Tensor, k: int) -> Tensor:
@@ -147,12 +167,12 @@ def losses(model: HookedGemma4, batch: Batch) -> dict[str, Tensor]:
     return {"loss": nats} | {name: torch.stack(layers).mean() for name, layers in found.items() if layers}
 
 
-def objective(parts: dict[str, Tensor], step: int) -> Tensor:
-    """What the step minimises."""
+def objective(parts: dict[str, Tensor], phase: int) -> Tensor:
+    """What a step minimises."""
     if "balance" not in parts:
         return parts["loss"]
-    free = parts["loss"] + BALANCE * parts["balance"]
-    return free if step < LATE else free - SEPARATE * parts["separation"]
+    balanced = parts["loss"] + BALANCE * parts["balance"]
+    return balanced - SEPARATE * parts["separation"] if phase else balanced
 
 
 # --- checkpoints -----------------------------------------------------------------------------------------------------
@@ -207,7 +227,8 @@ def train(
     run.mkdir(parents=True, exist_ok=True)
     checkpoint, log = run / "checkpoint.safetensors", run / "log.jsonl"
     model = build(name, seed).to(device)
-    optimizer = make_optimizer(model)
+    recipe = RECIPES[name]
+    optimizer = make_optimizer(model, recipe)
     progress = {"name": name, "seed": seed, "step": 0, "seconds": 0.0, "log": []}
     if checkpoint.exists():
         progress = load_checkpoint(checkpoint, model, optimizer)
@@ -221,11 +242,12 @@ def train(
     started = time.perf_counter() - progress["seconds"]
     bar = tqdm(range(progress["step"], steps), initial=progress["step"], total=steps, desc=name, unit="step")
     for step in bar:
-        batch = Batch(*(t.to(device) for t in corpus.batch(step, BATCH, model.cfg.n_ctx)))
+        phase = sum(first <= step for first in recipe.phases) - 1
+        batch = Batch(*(t.to(device) for t in corpus.batch(step, BATCH, model.cfg.n_ctx, PHASES[phase])))
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, steps)
+            group["lr"] = group["peak"] * schedule(step, steps)
         parts = losses(model, batch)
-        objective(parts, step).backward()
+        objective(parts, phase).backward()
         torch.nn.utils.clip_grad_norm_(tensors, CLIP)
         optimizer.step()
         optimizer.zero_grad()
@@ -239,7 +261,7 @@ def train(
                 "tokens": done * batch.tokens.numel(),
                 "seconds": round(time.perf_counter() - started),
             }
-            line |= {name: part.item() for name, part in parts.items()} | {"lr": learning_rate(step, steps)}
+            line |= {name: part.item() for name, part in parts.items()} | {"lr": recipe.lr * schedule(step, steps)}
             progress["log"].append(line | evaluate(model))
             log.write_text("".join(json.dumps(line) + "\n" for line in progress["log"]))
         if done % SAVE_EVERY == 0 or done == steps:
@@ -250,7 +272,7 @@ def train(
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m gemmascope.zoo.train", description="Trains a shipped model.")
-    parser.add_argument("name", choices=CONFIGS)
+    parser.add_argument("name", choices=RECIPES)
     size = f"{BATCH} x {_SHARED['n_ctx']}"
     parser.add_argument("--steps", type=int, default=STEPS, help=f"of {size} tokens (default: %(default)s)")
     parser.add_argument("--run", type=Path, help="folder of checkpoint and log (default: runs/NAME)")
