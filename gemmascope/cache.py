@@ -1,32 +1,16 @@
-"""The activations of one run, and what follows from them exactly.
-
-TransformerLens's ActivationCache, with Gemma 4's arithmetic. With s_l the layer_scalar of block l,
-
-    stream_L = embed * prod(s) + sum_l (prod_{j >= l} s_j) * (attn_l + ffn_l + ple_l),
-    attn_l = sum_h D_attn (z_h W_O^h),
-    ffn_l = D_ff (D_dense dense + D_moe sum_slots w_e E_e(x)),
-
-each D the gain of a norm over its scale, frozen from the run, so that every term is linear in what made it.
-"""
+"""The activations of one run: TransformerLens's ActivationCache, and what can be recomputed from it when asked for."""
 
 import difflib
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-import transformer_lens
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformer_lens.utilities import Slice, get_act_name
 
 from gemmascope import ops
-
-
-class Decomposition(NamedTuple):
-    """A stream taken apart: `terms.sum(0)` is the stream."""
-
-    terms: Float[Tensor, "term *batch_and_pos d_model"]
-    labels: list[str]
+from gemmascope.decomposition import Decomposable
 
 
 @dataclass(frozen=True)
@@ -35,24 +19,25 @@ class RoutingTrace:
 
     layers: tuple[int, ...]
     indices: Int[Tensor, "layer *batch_and_pos slot"]
-    """Chosen experts, most probable first."""
+    """Chosen experts, the router's most probable first (or in the order in which a hook chose them)."""
     weights: Float[Tensor, "layer *batch_and_pos slot"]
     """Their final weights: renormalised probabilities times the per-expert scale."""
     probs: Float[Tensor, "layer *batch_and_pos expert"]
     """The router's softmax over all experts."""
+    real: Bool[Tensor, " *batch_and_pos"]
+    """False on padding."""
 
     def load(self) -> Float[Tensor, "layer expert"]:
-        """The share of (token, slot) pairs that went to each expert; rows sum to 1."""
+        """The share of (token, slot) pairs that went to each expert, padding left out; rows sum to 1."""
         n_experts = self.probs.shape[-1]
-        return torch.stack([chosen.flatten().bincount(minlength=n_experts) / chosen.numel() for chosen in self.indices])
+        chosen = [layer[self.real].flatten() for layer in self.indices]
+        return torch.stack([experts.bincount(minlength=n_experts) / len(experts) for experts in chosen])
 
 
-def _slice(given: Any) -> Slice:
-    """An int drops its axis, as in TransformerLens's cache methods."""
-    return given if isinstance(given, Slice) else Slice(given)
+_EXPERT_PARTS = ("moe.hook_expert_post", "moe.router.hook_indices", "moe.router.hook_weights")
 
 
-class ActivationCache(transformer_lens.ActivationCache):
+class ActivationCache(Decomposable):
     """Activations by name: `cache["blocks.3.attn.hook_z"]`, `cache["z", 3]`, `cache["moe.router.hook_probs", 3]`.
 
     Attention scores and patterns, per-head results and per-slot expert outputs are computed when asked for, unless they
@@ -67,11 +52,17 @@ class ActivationCache(transformer_lens.ActivationCache):
         masks: dict[str, ops.Mask] | None = None,
         pos_slice: Any = None,
         changed: frozenset[str] = frozenset(),
+        padding: Tensor | None = None,
     ):
+        """What run_with_cache gives: also the masks by kind of layer, the positions that were kept, the expansions that
+        hooks may have changed, and the attention mask [batch, key], None without padding.
+        """
         super().__init__(cache_dict, model, has_batch_dim)
-        self._masks = masks or {}
-        self._whole = Slice.unwrap(pos_slice).mode == "identity"
+        # Fresh ones: a mask keeps the S x S form that the run may have asked it for.
+        self._masks = {kind: replace(mask) for kind, mask in (masks or {}).items()}
+        self._positions = Slice.unwrap(pos_slice)
         self._changed = changed
+        self._padding = padding
 
     # What is in it
 
@@ -80,11 +71,20 @@ class ActivationCache(transformer_lens.ActivationCache):
         return f"ActivationCache({size}, of {self.model.cfg.model_name})"
 
     def __contains__(self, key: object) -> bool:
+        """Whether `cache[key]` has an answer; nothing is computed."""
         try:
-            self[key]
-        except KeyError:
+            name = self.full_name(key)
+        except (KeyError, IndexError):
             return False
-        return True
+        site = self.model.sites.get(name)
+        if name in self.cache_dict or site is None or not site.expansion or name in self._changed:
+            return name in self.cache_dict
+        layer, what = int(name.split(".")[1]), name.split(".")[-1]
+        if what in ("hook_pattern", "hook_attn_scores"):
+            return self._has_every_key(layer)
+        block = f"blocks.{layer}."
+        made_of = ("attn.hook_z",) if what == "hook_result" else _EXPERT_PARTS
+        return all(block + part in self.cache_dict for part in made_of)
 
     @property
     def nbytes(self) -> int:
@@ -117,32 +117,45 @@ class ActivationCache(transformer_lens.ActivationCache):
             self.model._check_name(name)  # raises, with the nearest names
         if site is None or not site.expansion:
             near = difflib.get_close_matches(name, self.cache_dict, n=3)
+            remedy = "pass incl_bwd=True, and name its site" if name.endswith("_grad") else "name it"
             raise KeyError(
-                f"{name} was not cached"
-                + (f" (near it: {', '.join(near)})" if near else "")
-                + ": name it in names_filter."
+                f"{name} was not cached" + (f" (near it: {', '.join(near)})" if near else "") + f": {remedy} in "
+                "names_filter."
             )
-        if name in self._changed:
-            raise KeyError(
-                f"{name} was changed by a hook and not cached, so it cannot be recomputed: name it in names_filter."
-            )
+        self._refuse_if_changed(name)
         layer, what = int(name.split(".")[1]), name.split(".")[-1]
         if what == "hook_pattern":
             return self.pattern(layer)
         if what == "hook_attn_scores":
             return self.attn_scores(layer)
-        block = self.model.blocks[layer]
+        block, device = self.model.blocks[layer], self.model.cfg.device
         if what == "hook_result":
-            return torch.einsum("...he,hed->...hd", self["z", layer], block.attn.W_O.to(self["z", layer].device))
+            z = self["z", layer]
+            return torch.einsum("...he,hed->...hd", z.to(device), block.attn.W_O).to(z.device)
+        post, indices, weights = (self[f"blocks.{layer}.{part}"] for part in _EXPERT_PARTS)
+        if self.has_batch_dim:
+            return block.moe.down(post.to(device), (indices.to(device), weights.to(device))).to(post.device)
+        return block.moe.down(post[None].to(device), (indices[None].to(device), weights[None].to(device)))[0].to(
+            post.device
+        )
 
-        def batched(x: Tensor) -> Tensor:
-            return x if self.has_batch_dim else x[None]
-
-        choice = batched(self["moe.router.hook_indices", layer]), batched(self["moe.router.hook_weights", layer])
-        out = block.moe.down(batched(self["moe.hook_expert_post", layer]), choice)
-        return out if self.has_batch_dim else out[0]
+    def _refuse_if_changed(self, name: str) -> None:
+        if name in self._changed:
+            raise KeyError(
+                f"{name} had a hook that may have changed it and was not cached, so it cannot be recomputed: "
+                "name it in names_filter."
+            )
 
     # Attention, recomputed
+
+    def _has_every_key(self, layer: int) -> bool:
+        geometry = self.model.layer(layer)
+        q = f"blocks.{layer}.attn.hook_rot_q"
+        k = f"blocks.{layer if geometry.kv_source is None else geometry.kv_source}.attn.hook_rot_k"
+        mask, whole = self._masks.get(geometry.kind), self._positions.mode == "identity"
+        if q not in self.cache_dict or k not in self.cache_dict or mask is None or not whole:
+            return False
+        return self.cache_dict[k].shape[-3] == mask.n_keys
 
     def attn_scores(
         self, layer: int, heads: int | list[int] | None = None, rows: slice | list[int] | None = None
@@ -152,17 +165,20 @@ class ActivationCache(transformer_lens.ActivationCache):
         An int names one head and drops its axis.
         """
         layer = range(self.model.cfg.n_layers)[layer]
+        name = f"blocks.{layer}.attn.hook_attn_scores"
+        if name in self.cache_dict:
+            return self._part(self.cache_dict[name], heads, rows)
+        self._refuse_if_changed(name)
         geometry = self.model.layer(layer)
         q, k = self["rot_q", layer], self["rot_k", layer if geometry.kv_source is None else geometry.kv_source]
-        mask = self._masks.get(geometry.kind)
-        if mask is None or not self._whole or k.shape[-3] != mask.n_keys:
+        if not self._has_every_key(layer):
             raise KeyError(
-                f"blocks.{layer}.attn.hook_attn_scores cannot be recomputed: this cache does not hold every key "
-                "(pos_slice, or a past_kv_cache); name the pattern in names_filter."
+                f"{name} cannot be recomputed: this cache does not hold every key (pos_slice, or a past_kv_cache); "
+                "name the scores or the pattern in names_filter."
             )
         q, k = (q, k) if self.has_batch_dim else (q[None], k[None])
         rows = slice(None) if rows is None else rows
-        q, visible = q[:, rows], mask.rows(rows).to(q.device)
+        q, visible = q[:, rows], self._masks[geometry.kind].rows(rows).to(q.device)
         if heads is not None:
             group = q.shape[2] // k.shape[2]
             chosen = [range(q.shape[2])[head] for head in ([heads] if isinstance(heads, int) else heads)]
@@ -179,11 +195,13 @@ class ActivationCache(transformer_lens.ActivationCache):
         An int names one head and drops its axis.
         """
         name = f"blocks.{range(self.model.cfg.n_layers)[layer]}.attn.hook_pattern"
-        if name not in self.cache_dict:
-            if name in self._changed:
-                return self[name]  # raises
-            return self.attn_scores(layer, heads, rows).softmax(-1)
-        stored = self.cache_dict[name]
+        if name in self.cache_dict:
+            return self._part(self.cache_dict[name], heads, rows)
+        self._refuse_if_changed(name)
+        return self.attn_scores(layer, heads, rows).softmax(-1)
+
+    @staticmethod
+    def _part(stored: Tensor, heads: int | list[int] | None, rows: slice | list[int] | None) -> Tensor:
         stored = stored if rows is None else stored[..., rows, :]
         return stored if heads is None else stored[..., heads, :, :]
 
@@ -199,204 +217,27 @@ class ActivationCache(transformer_lens.ActivationCache):
         def stack(what: str) -> Tensor:
             return torch.stack([self[f"moe.router.{what}", layer] for layer in layers])
 
-        return RoutingTrace(layers, stack("hook_indices"), stack("hook_weights"), stack("hook_probs"))
-
-    # The stream, taken apart
-
-    def decompose(
-        self,
-        layer: int | None = None,
-        *,
-        heads: bool = False,
-        experts: bool = False,
-        mlp_input: bool = False,
-        pos_slice: Any = None,
-        apply_ln: bool = False,
-    ) -> Decomposition:
-        """The stream that enters `layer` (the final norm by default), as a sum of what wrote it.
-
-        Terms are "embed" and, for every layer l, "{l}_attn_out" (or "L{l}H{h}" for each head), "{l}_mlp_out" (or
-        "{l}_dense" and "{l}_slot{i}" for each routed expert, most probable first) and "{l}_ple_out", each as it stands
-        in that stream, the later layer scalars multiplied in.
-
-        Args:
-            mlp_input: take the stream in the middle of `layer`, after its attention.
-            pos_slice: an int, slice or TransformerLens Slice of positions.
-            apply_ln: pass every term through the norm that reads this stream, its scale frozen.
-        """
-        n_layers = self.model.cfg.n_layers
-        layer = n_layers if layer is None else range(n_layers + 1)[layer]
-        if mlp_input and layer == n_layers:
-            raise ValueError(f"mlp_input needs a layer from 0 to {n_layers - 1}; the final norm has no MLP after it.")
-        if experts and self.model.cfg.n_experts is None:
-            raise ValueError(f"{self.model.cfg.model_name} has no experts: leave experts=False.")
-        terms, labels = [self["hook_embed"]], ["embed"]
-        for index, block in enumerate(self.model.blocks[:layer]):
-            written, names = self._written_by(index, heads, experts)
-            scalar = block.layer_scalar.to(terms[0].device)
-            terms = [term * scalar for term in [*terms, *written]]
-            labels += names
-        if mlp_input:
-            written, names = self._attention_terms(layer, heads)
-            terms, labels = terms + written, labels + names
-        stack = _slice(pos_slice).apply(torch.stack(terms), dim=-2)
-        if apply_ln:
-            stack = self.apply_ln_to_stack(stack, layer, mlp_input, pos_slice, has_batch_dim=self.has_batch_dim)
-        return Decomposition(stack, labels)
-
-    def _written_by(self, layer: int, heads: bool, experts: bool) -> tuple[list[Tensor], list[str]]:
-        """What one block adds to its stream, before its layer_scalar."""
-        terms, labels = self._attention_terms(layer, heads)
-        if experts:
-            block = self.model.blocks[layer]
-            joint = self._frozen(f"blocks.{layer}.ln2_post", block.ln2_post)
-            frozen = joint * self._frozen(f"blocks.{layer}.moe_ln_post", block.moe_ln_post)
-            slots = self["moe.hook_expert_out", layer] * frozen[..., None, :]
-            terms = [*terms, joint * self["hook_dense_out", layer], *slots.unbind(-2)]
-            labels = [*labels, f"{layer}_dense", *(f"{layer}_slot{slot}" for slot in range(slots.shape[-2]))]
-        else:
-            terms, labels = [*terms, self["hook_mlp_out", layer]], [*labels, f"{layer}_mlp_out"]
-        if self.model.cfg.d_ple:
-            terms, labels = [*terms, self["hook_ple_out", layer]], [*labels, f"{layer}_ple_out"]
-        return terms, labels
-
-    def _attention_terms(self, layer: int, heads: bool) -> tuple[list[Tensor], list[str]]:
-        if not heads:
-            return [self["hook_attn_out", layer]], [f"{layer}_attn_out"]
-        frozen = self._frozen(f"blocks.{layer}.ln1_post", self.model.blocks[layer].ln1_post)
-        results = self["result", layer] * frozen[..., None, :]
-        return list(results.unbind(-2)), [f"L{layer}H{head}" for head in range(results.shape[-2])]
-
-    def _frozen(self, name: str, norm: Any) -> Tensor:
-        """D of one norm: its gain over the scale that the run had, [..., d_model]."""
-        scale = self[f"{name}.hook_scale"]
-        return ops.wide(norm.weight).to(scale.device) / scale
-
-    def apply_ln_to_stack(
-        self,
-        residual_stack: Float[Tensor, "term *batch_and_pos d_model"],
-        layer: int | None = None,
-        mlp_input: bool = False,
-        pos_slice: Any = None,
-        batch_slice: Any = None,
-        has_batch_dim: bool = True,
-        recompute_ln: bool = False,
-    ) -> Float[Tensor, "term *batch_and_pos d_model"]:
-        """Passes every term through the norm that reads the stream at `layer`: gain over the scale frozen from the run.
-
-        Unlike TransformerLens's, the gain is included, since it is not folded into the weights. `recompute_ln` gives
-        each term the final norm's own scale instead (logit lens).
-        """
-        n_layers = self.model.cfg.n_layers
-        layer = n_layers if layer is None or layer == -1 else layer
-        positions, batches = _slice(pos_slice), _slice(batch_slice)
-        if has_batch_dim:
-            residual_stack = batches.apply(residual_stack, dim=1)
-        if recompute_ln and layer == n_layers:
-            return self.model.ln_final(residual_stack)
-        if layer == n_layers:
-            frozen = self._frozen("ln_final", self.model.ln_final)
-        else:
-            norm = "ln2" if mlp_input else "ln1"
-            frozen = self._frozen(f"blocks.{layer}.{norm}", getattr(self.model.blocks[layer], norm))
-        frozen = positions.apply(frozen, dim=-2)
-        if self.has_batch_dim:
-            frozen = batches.apply(frozen, dim=0)
-        return residual_stack * frozen
-
-    def decompose_resid(
-        self,
-        layer: int | None = None,
-        mlp_input: bool = False,
-        mode: str = "all",
-        apply_ln: bool = False,
-        pos_slice: Any = None,
-        incl_embeds: bool = True,
-        return_labels: bool = False,
-    ):
-        """TransformerLens's decompose_resid, exact here: `decompose` by layer.
-
-        mode "attn" or "mlp" keeps those terms only (and the embedding).
-        """
-        if mode not in ("all", "attn", "mlp"):
-            raise ValueError(f"mode is {mode!r}; it is 'all', 'attn' or 'mlp'.")
-        terms, labels = self.decompose(
-            None if layer == -1 else layer, mlp_input=mlp_input, pos_slice=pos_slice, apply_ln=apply_ln
-        )
-        keep = [
-            (label == "embed" and incl_embeds)
-            or (label != "embed" and (mode == "all" or label.endswith(f"_{mode}_out")))
-            for label in labels
-        ]
-        terms = terms[torch.tensor(keep, device=terms.device)]
-        labels = [label for label, kept in zip(labels, keep, strict=True) if kept]
-        return (terms, labels) if return_labels else terms
-
-    def stack_head_results(
-        self,
-        layer: int | None = -1,
-        return_labels: bool = False,
-        incl_remainder: bool = False,
-        pos_slice: Any = None,
-        apply_ln: bool = False,
-    ):
-        """What each head before `layer` adds to the stream there: [layer * head, ..., d_model], labels "L0H0", ...
-
-        Unlike TransformerLens's, the post-attention norm (frozen) and the later layer scalars are applied, so that the
-        terms are exact contributions. `incl_remainder` appends the rest of the stream.
-        """
-        terms, labels = self.decompose(
-            None if layer == -1 else layer, heads=True, pos_slice=pos_slice, apply_ln=apply_ln
-        )
-        is_head = torch.tensor([label.startswith("L") for label in labels], device=terms.device)
-        results, labels = terms[is_head], [label for label in labels if label.startswith("L")]
-        if incl_remainder:
-            results, labels = torch.cat((results, terms[~is_head].sum(0, keepdim=True))), [*labels, "remainder"]
-        return (results, labels) if return_labels else results
-
-    def logit_attribution(
-        self,
-        tokens: Any,
-        incorrect_tokens: Any = None,
-        *,
-        heads: bool = False,
-        experts: bool = False,
-        pos_slice: Any = -1,
-    ) -> tuple[Float[Tensor, " term *batch_and_pos"], list[str]]:
-        """What each term of `decompose` adds to a token's logit before the soft cap, or to a difference of two logits.
-
-        Args:
-            tokens, incorrect_tokens: a token's text or id, or ids for each prompt [batch].
-            pos_slice: where; by default the last position.
-
-        Returns:
-            (values, labels); the values sum to `hook_unembed` at those tokens.
-        """
-        terms, labels = self.decompose(heads=heads, experts=experts, pos_slice=pos_slice)
-        values = self.logit_attrs(
-            terms, tokens, incorrect_tokens, pos_slice=pos_slice, has_batch_dim=self.has_batch_dim
-        )
-        return values, labels
-
-    # Inherited helpers that would be silently wrong here
-
-    def get_full_resid_decomposition(self, *args, **kwargs):
-        """Refused: TransformerLens's terms skip the norm after the MLP. Use `decompose(heads=True, experts=True)`."""
-        raise ValueError(
-            "TransformerLens's neuron terms skip Gemma 4's post-norms and would not add up; "
-            "use cache.decompose(heads=True)."
-        )
-
-    def get_neuron_results(self, *args, **kwargs):
-        """Refused, like get_full_resid_decomposition."""
-        raise ValueError(
-            "TransformerLens's neuron terms skip Gemma 4's post-norms and would not add up; "
-            "use cache.decompose(heads=True)."
-        )
-
-    stack_neuron_results = get_neuron_results
+        indices = stack("hook_indices")
+        real = torch.ones(indices.shape[1:-1], dtype=torch.bool, device=indices.device)
+        if self._padding is not None:
+            fed = self._padding if self.has_batch_dim else self._padding[0]
+            n_queries = next(iter(self._masks.values())).n_queries
+            real = self._positions.apply(fed[..., -n_queries:], dim=-1).to(indices.device)
+        return RoutingTrace(layers, indices, stack("hook_weights"), stack("hook_probs"), real)
 
     # Whole-cache operations
+
+    def _at(self, positions: Slice) -> "ActivationCache":
+        """Views of some positions of everything that has positions; an int keeps its axis."""
+        if positions.mode == "identity":
+            return self
+        positions = Slice([positions.slice]) if positions.mode == "int" else positions
+        cut = {}
+        for name, tensor in self.cache_dict.items():
+            axes = self.model.sites[name].axes.split() if name in self.model.sites else []
+            if "pos" in axes:
+                cut[name] = positions.apply(tensor, dim=axes.index("pos") - (not self.has_batch_dim))
+        return ActivationCache(cut, self.model, self.has_batch_dim, pos_slice=[0], changed=self._changed)
 
     def apply_slice_to_batch_dim(self, batch_slice: Any) -> "ActivationCache":
         """A cache of some of the prompts (an int drops the batch axis)."""
@@ -410,6 +251,6 @@ class ActivationCache(transformer_lens.ActivationCache):
             kind: replace(mask, key_mask=cut(mask.key_mask), image_blocks=cut(mask.image_blocks))
             for kind, mask in self._masks.items()
         }
-        new = ActivationCache(sliced.cache_dict, self.model, sliced.has_batch_dim, masks, changed=self._changed)
-        new._whole = self._whole
+        new = ActivationCache(sliced.cache_dict, self.model, sliced.has_batch_dim, masks, None, self._changed)
+        new._positions, new._padding = self._positions, cut(self._padding)
         return new

@@ -16,6 +16,13 @@ _TEXT_TYPES = ("gemma4_text", "gemma4_unified_text")
 _MULTIMODAL_TYPES = ("gemma4", "gemma4_unified")
 
 
+_TOP_LEVEL = ("dtype", "torch_dtype", "tie_word_embeddings", "quantization_config")
+_REQUIRED = (
+    "num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "vocab_size", "intermediate_size",
+)  # fmt: skip
+_REQUIRED_OF_MOE = ("num_experts", "top_k_experts", "moe_intermediate_size")
+
+
 class LayerGeometry(NamedTuple):
     """The shape of one layer. In Gemma 4 these differ from layer to layer, so they live here and not on the model."""
 
@@ -92,6 +99,8 @@ class Gemma4Config:
         for kind, n_kv in (("sliding", self.n_kv_heads_sliding), ("global", self.n_kv_heads_global)):
             if self.n_heads % n_kv:
                 raise ValueError(f"n_heads={self.n_heads} is not a multiple of the {n_kv} kv heads of {kind} layers.")
+        if self.n_experts is not None and not 1 <= self.experts_per_token <= self.n_experts:
+            raise ValueError(f"A token cannot go to {self.experts_per_token} of {self.n_experts} experts.")
         owners = self.layer_kinds[: self.n_layers - self.n_kv_shared_layers]
         for kind in set(self.layer_kinds) - set(owners):
             raise ValueError(f"No {kind} layer of its own below the {self.n_kv_shared_layers} KV-shared layers.")
@@ -155,11 +164,15 @@ class Gemma4Config:
         """
         model_type = raw.get("model_type")
         if model_type in _MULTIMODAL_TYPES:
-            text = {"dtype": raw.get("dtype"), **raw["text_config"]}
+            if not isinstance(raw.get("text_config"), dict):
+                raise ValueError(f"config.json of a {model_type} model has no text_config.")
+            # What the top level says holds for the text model too, unless that says otherwise.
+            text = {key: raw[key] for key in _TOP_LEVEL if raw.get(key) is not None}
+            text |= {key: value for key, value in raw["text_config"].items() if value is not None}
             # The instruction-tuned files list their several stop ids at the top level only.
-            text["eos_token_id"] = raw.get("eos_token_id") or text.get("eos_token_id", 1)
+            text["eos_token_id"] = raw.get("eos_token_id") or text.get("eos_token_id")
         elif model_type in _TEXT_TYPES:
-            text = raw
+            text = {key: value for key, value in raw.items() if value is not None}
         else:
             known = (*_MULTIMODAL_TYPES, *_TEXT_TYPES)
             near = difflib.get_close_matches(str(model_type), known, n=1)
@@ -167,6 +180,11 @@ class Gemma4Config:
                 f"config.json has model_type {model_type!r}; gemmascope reads {', '.join(known)}"
                 + (f" (did you mean {near[0]!r}?)." if near else ".")
             )
+        missing = [
+            key for key in _REQUIRED + (_REQUIRED_OF_MOE if text.get("enable_moe_block") else ()) if key not in text
+        ]
+        if missing:
+            raise ValueError(f"config.json lacks {', '.join(missing)}.")
         _refuse_unknown(text)
 
         kinds = tuple(_HF_KIND[kind] for kind in _layer_types(text))
@@ -174,11 +192,12 @@ class Gemma4Config:
             "full_attention": {"rope_theta": 1e6, "partial_rotary_factor": 0.25},
             "sliding_attention": {"rope_theta": 1e4},
         }
-        rope |= text.get("rope_parameters") or {}
+        for layer_type, given in (text.get("rope_parameters") or {}).items():
+            rope[layer_type] = {"rope_theta": rope[layer_type]["rope_theta"], **given}
         d_head_global, n_kv_global = _global_shape(text, kinds)
         moe = bool(text.get("enable_moe_block"))
         d_ple = text.get("hidden_size_per_layer_input", 256) or None
-        eos = text.get("eos_token_id", 1)
+        eos = text.get("eos_token_id") or 1
         return cls(
             n_layers=text["num_hidden_layers"],
             d_model=text["hidden_size"],
@@ -199,7 +218,7 @@ class Gemma4Config:
             experts_per_token=text["top_k_experts"] if moe else None,
             d_expert=text["moe_intermediate_size"] if moe else None,
             d_ple=d_ple,
-            d_vocab_ple=text.get("vocab_size_per_layer_input", text["vocab_size"]) if d_ple else None,
+            d_vocab_ple=text.get("vocab_size_per_layer_input", 262144) if d_ple else None,
             final_softcap=text.get("final_logit_softcapping"),
             eps=text.get("rms_norm_eps", 1e-6),
             rope_theta_sliding=rope["sliding_attention"]["rope_theta"],
@@ -280,11 +299,15 @@ def _refuse_unknown(text: dict) -> None:
             )
     kinds = {"full_attention": "proportional", "sliding_attention": "default"}
     for layer_type, rope in (text.get("rope_parameters") or {}).items():
-        if rope.get("rope_type", kinds.get(layer_type)) != kinds.get(layer_type):
+        if layer_type not in kinds or rope.get("rope_type", kinds[layer_type]) != kinds[layer_type]:
             raise ValueError(
-                f"config.json sets rope_type {rope['rope_type']!r} for {layer_type}; "
+                f"config.json sets rope_type {rope.get('rope_type')!r} for {layer_type}; "
                 f"gemmascope computes {kinds.get(layer_type)!r} there."
             )
+        known = ("rope_type", "rope_theta") + (("partial_rotary_factor",) if layer_type == "full_attention" else ())
+        others = {key: value for key, value in rope.items() if key not in known and value not in (None, 1.0)}
+        if others:
+            raise ValueError(f"config.json sets {others} for the rope of {layer_type}; gemmascope reads {known} there.")
     unknown = sorted(set(text.get("layer_types") or ()) - set(_HF_KIND))
     if unknown:
         raise ValueError(f"config.json has layer types {unknown}; gemmascope computes {sorted(_HF_KIND)}.")
@@ -310,10 +333,16 @@ def _global_shape(text: dict, kinds: tuple[LayerKind, ...]) -> tuple[int, int]:
     if per_layer is None:
         n_kv_global = text.get("num_global_key_value_heads") if text.get("attention_k_eq_v") else None
         return text.get("global_head_dim") or 512, n_kv_global or n_kv
+    own = {int(layer): values for layer, values in per_layer.items()}  # written with leading zeros: "05"
+    strange = sorted({key for values in own.values() for key in values} - {"head_dim", "num_key_value_heads"})
+    if strange:
+        raise ValueError(
+            f"per_layer_config sets {', '.join(strange)}; in Gemma 4 only head widths and kv heads differ."
+        )
     shapes: dict[LayerKind, set] = {"sliding": set(), "global": set()}
     for layer, kind in enumerate(kinds):
-        own = per_layer.get(str(layer), {})
-        shapes[kind].add((own.get("head_dim", d_head), own.get("num_key_value_heads", n_kv)))
+        values = own.get(layer, {})
+        shapes[kind].add((values.get("head_dim", d_head), values.get("num_key_value_heads", n_kv)))
     if len(shapes["global"]) > 1 or shapes["sliding"] - {(d_head, n_kv)}:
         raise ValueError(
             f"per_layer_config gives layers of one kind different shapes ({shapes}); Gemma 4 has one shape a kind."

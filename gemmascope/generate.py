@@ -28,39 +28,54 @@ class KVCache:
         self.layers = cfg.layers
         self.length = 0
         """Tokens so far."""
-        self._kv: dict[int, tuple[Tensor, Tensor]] = {}  # [batch, capacity, kv_head, d_head], from position _start on
-        self._start: dict[int, int] = {}
+        self.mask: Tensor | None = None
+        """[batch, length], False on padding; None while there is none."""
+        self._kv: dict[int, tuple[Tensor, Tensor]] = {}
+        """By layer, [batch, room, kv_head, d_head]: global layers keep room for more tokens than came."""
 
-    def first_kept(self, window: int | None, n_new: int) -> int:
-        """The oldest position that any of the next `n_new` queries sees."""
+    @property
+    def batch(self) -> int:
+        """How many sequences it holds."""
+        return next(iter(self._kv.values()))[0].shape[0]
+
+    def first_kept(self, window: int | None) -> int:
+        """The oldest position that the next query sees."""
         return 0 if window is None else max(0, self.length - window + 1)
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Adds the new tokens' k and v [batch, pos, kv_head, d_head]; returns all that the new queries see."""
         if k.requires_grad and torch.is_grad_enabled():
             raise ValueError("A KVCache holds no gradients: run under torch.no_grad(), or without past_kv_cache.")
-        first, end = self.first_kept(self.layers[layer].window, k.shape[1]), self.length + k.shape[1]
-        start = self._start.get(layer, 0)
-        if layer not in self._kv or end - start > self._kv[layer][0].shape[1]:
-            self._kv[layer] = tuple(self._grown(layer, new, index, first, end) for index, new in enumerate((k, v)))
-            self._start[layer] = start = first
-        for held, new in zip(self._kv[layer], (k, v), strict=True):
-            held[:, self.length - start : end - start] = new
-        return tuple(held[:, first - start : end - start] for held in self._kv[layer])
-
-    def _grown(self, layer: int, new: Tensor, index: int, first: int, end: int) -> Tensor:
-        """Twice the room that is needed now, so that copying stays linear in the length."""
-        grown = new.new_empty(new.shape[0], 2 * (end - first), *new.shape[2:])
+        window = self.layers[layer].window
+        if window is None:
+            return self._append_global(layer, k, v)
         if layer in self._kv:
-            start = self._start[layer]
-            grown[:, : self.length - first] = self._kv[layer][index][:, first - start : self.length - start]
-        return grown
+            k, v = (torch.cat(pair, dim=1) for pair in zip(self._kv[layer], (k, v), strict=True))
+        # A copy of the last window - 1, which the next query sees besides itself: a view would keep the whole prompt.
+        first = max(0, k.shape[1] - window + 1)
+        self._kv[layer] = k[:, first:].clone(), v[:, first:].clone()
+        return k, v
 
-    def advance(self, n_new: int) -> None:
-        self.length += n_new
+    def _append_global(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        end = self.length + k.shape[1]
+        if layer not in self._kv or end > self._kv[layer][0].shape[1]:
+            # Twice the room that is needed now, so that copying stays linear in the length.
+            grown = tuple(new.new_empty(new.shape[0], 2 * end, *new.shape[2:]) for new in (k, v))
+            if layer in self._kv:
+                for new, old in zip(grown, self._kv[layer], strict=True):
+                    new[:, : self.length] = old[:, : self.length]
+            self._kv[layer] = grown
+        for held, new in zip(self._kv[layer], (k, v), strict=True):
+            held[:, self.length : end] = new
+        return tuple(held[:, :end] for held in self._kv[layer])
+
+    def advance(self, n_new: int, mask: Tensor | None = None) -> None:
+        """Called once all layers have appended. `mask` [batch, length + n_new] is False on padding."""
+        self.length, self.mask = self.length + n_new, mask
 
     @property
     def nbytes(self) -> int:
+        """Memory held, in bytes."""
         return sum(held.nbytes for kv in self._kv.values() for held in kv)
 
 
@@ -129,33 +144,34 @@ def generate(
     _check_settings(max_new_tokens, temperature, top_k, top_p, return_cache and not use_past_kv_cache)
     cfg = model.cfg
     is_text = not isinstance(input, Tensor)
-    tokens, _, mask = model._begin(input, attention_mask, prepend_bos=prepend_bos)
+    start = model._begin(input, attention_mask, prepend_bos=prepend_bos)
+    tokens, mask = start.tokens, start.mask
+    mask = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
+    if not mask[:, -1].all():
+        raise ValueError("A prompt ends with padding, and would be continued from there: pad on the left.")
     stop = cfg.eos_token_id if stop_ids is None else stop_ids
     stop = torch.tensor([stop] if isinstance(stop, int) else list(stop), dtype=torch.long, device=tokens.device)
     generator = None if seed is None else torch.Generator(tokens.device).manual_seed(seed)
     if tokens.shape[1] + max_new_tokens - 1 > cfg.n_ctx:
         raise ValueError(
-            f"{tokens.shape[1]} prompt tokens and {max_new_tokens} new ones do not fit "
-            f"the {cfg.n_ctx} tokens {cfg.model_name} reads."
+            f"{tokens.shape[1]} prompt tokens and {max_new_tokens} new ones do not fit the {cfg.n_ctx} tokens "
+            f"{cfg.model_name} reads."
         )
 
     past = KVCache(cfg) if use_past_kv_cache else None
     record = _Record(model, names_filter) if return_cache else None
     done = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
     show = max_new_tokens >= _LONG if progress is None else progress
-    with (
-        model.hooks(fwd_hooks=list(fwd_hooks)),
-        tqdm(total=max_new_tokens, unit="token", disable=not show, leave=False) as bar,
-    ):
+    bar = tqdm(total=max_new_tokens, unit="token", disable=not show, leave=False)
+    with model.hooks(fwd_hooks=list(fwd_hooks)), bar:
         for _ in range(max_new_tokens):
-            new = tokens if past is None else tokens[:, past.length :]
-            step, run, _ = model._begin(new, mask, past_kv_cache=past)
+            run = model._begin(tokens if past is None else tokens[:, past.length :], mask, past=past)
+            run.last_only = True
             with record.step() if record is not None else nullcontext():
-                logits = model._run(step, run, last_only=True)[:, -1]
+                logits = model(run)[:, -1]
             chosen = sample(logits, temperature, top_k, top_p, generator).masked_fill(done, cfg.pad_token_id)
             tokens = torch.cat((tokens, chosen[:, None]), dim=1)
-            if mask is not None:
-                mask = torch.cat((mask, ~done[:, None]), dim=1)
+            mask = torch.cat((mask, ~done[:, None]), dim=1)
             done = done | torch.isin(chosen, stop)
             bar.update()
             if done.all():
@@ -167,8 +183,7 @@ def generate(
         out = out[0] if isinstance(input, str) else out
     if record is None:
         return out
-    fed = tokens[:, :-1]
-    return out, record.cache(model._begin(fed, None if mask is None else mask[:, :-1])[1].masks)
+    return out, record.cache(model._begin(tokens[:, :-1], mask[:, :-1]))
 
 
 def _check_settings(
@@ -196,21 +211,23 @@ class _Record:
 
     def __init__(self, model, names_filter):
         self.model, self.names_filter = model, names_filter
-        self.steps: dict[str, list[Tensor]] = {}
+        self.steps: list[dict[str, Tensor]] = []
         self.changed: frozenset[str] = frozenset()
 
     @contextmanager
     def step(self):
-        self.changed = self.model.changed_expansions()
+        self.changed |= self.model.changed_expansions()
         stored, fwd, _ = self.model.get_caching_hooks(self.names_filter)
         with self.model.hooks(fwd_hooks=fwd):
             yield
-        for name, tensor in stored.items():
-            self.steps.setdefault(name, []).append(tensor)
+            self.changed |= self.model.changed_expansions()
+        self.steps.append(stored)
 
-    def cache(self, masks: dict) -> ActivationCache:
-        joined = {name: _join(self.model.sites[name], parts) for name, parts in self.steps.items()}
-        return ActivationCache(joined, self.model, masks=masks, changed=self.changed)
+    def cache(self, whole) -> ActivationCache:
+        # A pattern that hooks changed in some of the steps was stored in those only: the cache then refuses it.
+        names = [name for name in self.steps[0] if all(name in step for step in self.steps)]
+        joined = {name: _join(self.model.sites[name], [step[name] for step in self.steps]) for name in names}
+        return ActivationCache(joined, self.model, masks=whole.masks, changed=self.changed, padding=whole.mask)
 
 
 def _join(site: SiteInfo, steps: list[Tensor]) -> Tensor:

@@ -157,7 +157,8 @@ class Reader:
         self.store, self.suffix = store, suffix
 
     def __call__(self, tensor: Tensor, hook: HookPoint) -> None:
-        self.store(hook.name + self.suffix, tensor.detach())
+        # A later hook of the same point may still edit the tensor in place.
+        self.store(hook.name + self.suffix, tensor.detach().clone() if written(hook) else tensor.detach())
 
 
 class Site(HookPoint):
@@ -166,33 +167,23 @@ class Site(HookPoint):
     def __init__(self):
         super().__init__()
         self.on_watch: Callable[[], None] | None = None
-
-    @property
-    def watched(self) -> bool:
-        """Any hook at all."""
-        return bool(self._forward_hooks or self._backward_hooks or self._forward_pre_hooks)
-
-    @property
-    def written(self) -> bool:
-        """A hook that may change the tensor, or that needs its gradient."""
-        readers = sum(isinstance(handle.user_hook, Reader) for handle in self.fwd_hooks)
-        return bool(self._backward_hooks or self._forward_pre_hooks) or len(self._forward_hooks) > readers
+        self._reader_ids: set[int] = set()
 
     def forward(self, x: Tensor) -> Tensor:
         # A write must not reach another holder of the memory (a cache, the skip path), nor a tensor autograd needs.
-        return x.clone() if self.written else x
+        return x.clone() if written(self) else x
 
     def add_hook(self, hook: Callable, dir: str = "fwd", **kwargs) -> LensHandle:
-        return super().add_hook(hook if isinstance(hook, Reader) else _checked(hook, self), dir=dir, **kwargs)
+        reads = isinstance(hook, Reader)
+        handle = super().add_hook(hook if reads else _checked(hook, self, dir), dir=dir, **kwargs)
+        if reads:
+            self._reader_ids.add(handle.hook.id)
+        return handle
 
-    # Plain torch hooks are hooks too: whatever way one comes, the block must hear of it.
+    # Plain torch hooks are hooks too: the block must hear of them.
     def register_forward_hook(self, *args, **kwargs):
         self._wake()
         return super().register_forward_hook(*args, **kwargs)
-
-    def register_forward_pre_hook(self, *args, **kwargs):
-        self._wake()
-        return super().register_forward_pre_hook(*args, **kwargs)
 
     def register_full_backward_hook(self, *args, **kwargs):
         self._wake()
@@ -202,17 +193,41 @@ class Site(HookPoint):
         if self.on_watch is not None:
             self.on_watch()
 
+    def _refused(self, *args, **kwargs):
+        raise ValueError(
+            f"{self.name}: a hook point takes add_hook(fn) and add_hook(fn, dir='bwd'), no other kind of hook."
+        )
 
-def _checked(hook: Callable, site: Site) -> Callable:
+    # They would act before the point's own copy is made, or never.
+    register_forward_pre_hook = register_full_backward_pre_hook = register_backward_hook = _refused
+
+
+def watched(point: nn.Module) -> bool:
+    """Whether a hook point has any hook. A module that was put in a point's place counts as one."""
+    return not isinstance(point, Site) or bool(point._forward_hooks or point._backward_hooks)
+
+
+def written(point: nn.Module) -> bool:
+    """Whether a hook may change the tensor, or needs its gradient."""
+    if not isinstance(point, Site):
+        return True
+    return bool(point._backward_hooks) or any(hook not in point._reader_ids for hook in point._forward_hooks)
+
+
+def _checked(hook: Callable, site: Site, dir: str) -> Callable:
     """The user's hook, its answer checked against the tensor it was given."""
     name = getattr(hook, "__name__", None) or type(hook).__name__
 
     @functools.wraps(hook, assigned=(), updated=())
     def run(tensor: Tensor, hook: HookPoint):
-        answer = run.__wrapped__(tensor, hook=hook)
-        new = answer[0] if isinstance(answer, tuple) and len(answer) == 1 else answer
+        if dir == "bwd":
+            tensor = (
+                tensor.clone()
+            )  # autograd hands one gradient to every branch: an edit in place must stay in this one
+        new = run.__wrapped__(tensor, hook=hook)
+        new = new[0] if isinstance(new, tuple) and len(new) == 1 else new
         if new is None:
-            return None
+            return tensor if dir == "bwd" else None
         if not isinstance(new, Tensor):
             raise TypeError(
                 f"Hook {name!r} at {site.name} returned a {type(new).__name__}; "
@@ -226,7 +241,7 @@ def _checked(hook: Callable, site: Site) -> Callable:
                     f"Hook {name!r} at {site.name} returned {what} {show[0]}; this point carries {show[1]}: "
                     "return a tensor like the one the hook was given."
                 )
-        return answer
+        return new
 
     return run
 
@@ -237,13 +252,16 @@ class WatchedBlock(nn.Module):
     def __init__(self):
         super().__init__()
         self._maybe_watched = False
-        self._own_sites: tuple[Site, ...] = ()
+        self._points: tuple[nn.Module, ...] = ()
 
-    def find_sites(self) -> None:
-        """Called once the block is built."""
-        self._own_sites = tuple(module for module in self.modules() if isinstance(module, Site))
-        for site in self._own_sites:
-            site.on_watch = self._note_watch
+    def find_points(self) -> None:
+        """Called once the model is built, and again when a module was put in the place of a point (an SAE, say)."""
+        named = self.named_modules()
+        self._points = tuple(module for name, module in named if name.rpartition(".")[2].startswith("hook_"))
+        for point in self._points:
+            if isinstance(point, Site):
+                point.on_watch = self._note_watch
+        self._maybe_watched = True
 
     def _note_watch(self) -> None:
         self._maybe_watched = True
@@ -252,7 +270,7 @@ class WatchedBlock(nn.Module):
     def watched(self) -> bool:
         # A registration raises the flag; only the block itself lowers it, after looking.
         if self._maybe_watched:
-            self._maybe_watched = any(site.watched for site in self._own_sites)
+            self._maybe_watched = any(watched(point) for point in self._points)
         return self._maybe_watched
 
 
@@ -262,8 +280,16 @@ class HookedModel(HookedRootModule):
     cfg: Gemma4Config
 
     def setup(self) -> None:
+        """Finds the hook points; again after a module took the place of one, and its own points join `sites`."""
         super().setup()
-        self.sites = sites_of(self.cfg)
+        for module in self.modules():
+            if isinstance(module, WatchedBlock):
+                module.find_points()
+        ours = sites_of(self.cfg)
+        self.sites = {
+            name: ours.get(name, SiteInfo(name, "batch pos feature", "added later")) for name in self.hook_dict
+        }
+        self.sites = {name: self.sites[name] for name in [*(n for n in ours if n in self.sites), *self.sites]}
 
     def _check_name(self, name: str) -> None:
         """Raises KeyError for a name that is not a live hook point of this model."""
@@ -297,21 +323,23 @@ class HookedModel(HookedRootModule):
         return [name]
 
     def _enable_hook(self, name: str | Callable[[str], bool], hook: Callable, dir: str) -> None:
-        for match in self._matching(name):
-            self.hook_dict[match].add_hook(hook, dir=dir, level=self.context_level)
+        self.add_hook(name, hook, dir, level=self.context_level)
 
     def add_hook(self, name: str | Callable[[str], bool], hook: Callable, dir: str = "fwd", **kwargs) -> None:
         """Adds `hook` at a point, or at every point whose name the predicate accepts, until reset_hooks().
 
         Raises:
             KeyError: for a name that is not a hook point of this model; the three nearest are given.
+            ValueError: for a filter that accepts no name, or a backward hook on integers, which have no gradient.
         """
         for match in self._matching(name):
+            if dir == "bwd" and match.endswith("hook_indices"):
+                raise ValueError(f"{match} holds integers, which have no gradient: use hook_probs or hook_weights.")
             self.hook_dict[match].add_hook(hook, dir=dir, **kwargs)
 
     def changed_expansions(self) -> frozenset[str]:
         """The expansions that hooks may change now: afterwards, they cannot be recomputed from other sites."""
-        changed = {name for name, site in self.sites.items() if site.expansion and self.hook_dict[name].written}
+        changed = {name for name, site in self.sites.items() if site.expansion and written(self.hook_dict[name])}
         # The pattern follows the scores.
         return frozenset(changed | {name.replace("hook_attn_scores", "hook_pattern") for name in changed})
 
@@ -343,8 +371,12 @@ class HookedModel(HookedRootModule):
         def store(name: str, tensor: Tensor) -> None:
             axes = self.sites[name.removesuffix("_grad")].axes.split()
             if positions.mode != "identity":
+                axis = axes.index("pos" if "pos" in axes else "query")
+                n_pos = tensor.shape[axis]
                 # A copy: a view of a few positions would keep the whole tensor alive.
-                tensor = positions.apply(tensor, dim=axes.index("pos" if "pos" in axes else "query")).clone()
+                tensor = positions.apply(tensor, dim=axis).clone()
+                if not tensor.shape[axis]:
+                    raise ValueError(f"pos_slice={pos_slice!r} takes none of the {n_pos} positions of {name}.")
             tensor = tensor[0] if remove_batch_dim else tensor
             cache[name] = tensor if device is None else tensor.to(device)
 
@@ -352,3 +384,18 @@ class HookedModel(HookedRootModule):
         # Integers have no gradient.
         backward = [name for name in names if not name.endswith("hook_indices")] if incl_bwd else []
         return cache, [(name, Reader(store)) for name in names], [(name, Reader(store, "_grad")) for name in backward]
+
+    def add_caching_hooks(
+        self,
+        names_filter: None | str | Sequence[str] | Callable[[str], bool] = None,
+        incl_bwd: bool = False,
+        device: torch.device | str | None = None,
+        remove_batch_dim: bool = False,
+        cache: dict[str, Tensor] | None = None,
+    ) -> dict[str, Tensor]:
+        """Adds hooks that fill the returned dictionary at every run, until reset_hooks(). See run_with_cache."""
+        cache, fwd, bwd = self.get_caching_hooks(names_filter, incl_bwd, device, remove_batch_dim, cache)
+        for hooks, dir in ((fwd, "fwd"), (bwd, "bwd")):
+            for name, hook in hooks:
+                self.add_hook(name, hook, dir)
+        return cache

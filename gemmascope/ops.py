@@ -61,7 +61,7 @@ class Mask:
             block = self.image_blocks[:, None, :]
             seen = seen | ((self.image_blocks[:, of_query, None] == block) & (block >= 0))
         if self.window is not None:
-            seen = seen & (key > query - self.window)
+            seen = seen & (key > query - self.window) & (key < query + self.window)
         if self.key_mask is not None:
             seen = (seen & self.key_mask[:, None, :]) | (key == query)
         return seen if seen.ndim == 3 else seen[None]

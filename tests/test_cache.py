@@ -59,10 +59,11 @@ def test_changed_pattern_is_what_the_cache_holds():
         _, without = model.run_with_cache(TOKENS, names_filter=lambda name: "rot" in name)
     assert (cache["pattern", 1] == 1 / N_POS).all() and (cache.pattern(1, heads=2) == 1 / N_POS).all()
     assert "blocks.0.attn.hook_pattern" not in cache.keys()
-    with pytest.raises(KeyError, match="changed by a hook and not cached"):
+    with pytest.raises(KeyError, match="hook that may have changed it and was not cached"):
         without["pattern", 1]
     with model.hooks(fwd_hooks=[("blocks.1.attn.hook_attn_scores", lambda t, hook: torch.zeros_like(t))]):
         _, cache = model.run_with_cache(TOKENS)
+    assert cache.attn_scores(1, heads=0).abs().max() == 0
     torch.testing.assert_close(cache["pattern", 1], torch.full((2, 4, N_POS, N_POS), 1 / N_POS))
 
 
@@ -85,7 +86,8 @@ def test_names_in_all_their_forms():
     assert cache["resid_post", -1] is cache["blocks.5.hook_resid_post"]
     assert cache["moe.router.hook_probs", 1] is cache["blocks.1.moe.router.hook_probs"]
     assert cache["scale", 2, "ln1"].shape == (2, N_POS, 1)
-    assert ("pattern", 3) in cache and "blocks.9.attn.hook_z" not in cache
+    assert ("pattern", 3) in cache and ("moe.hook_expert_out", 2) in cache
+    assert "blocks.9.attn.hook_z" not in cache and ("z", 99) not in cache
     names = ["blocks.0.hook_resid_pre", "hook_embed"]
     for names_filter in (names, tuple(names), lambda name: name in names):
         assert set(model.run_with_cache(TOKENS, names_filter=names_filter)[1].keys()) == set(names)
@@ -212,10 +214,71 @@ def test_logit_attribution_sums_to_the_logit(architecture):
 def test_accumulated_resid_ends_in_the_models_logits():
     model = tiny_model("31B")
     logits, cache = model.run_with_cache(TOKENS)
+    whole, labels = cache.accumulated_resid(incl_mid=True, return_labels=True)
+    terms = cache.decompose().terms
+    written = {"0_pre": 1, "0_mid": 2, "1_pre": 3, "1_mid": 4, "5_mid": 12, "final_post": 13}
+    for label, n_terms in written.items():  # each entry is what had been written by then
+        assert relative(whole[labels.index(label)], terms[:n_terms].sum(0)) < 1e-5, label
     stack, labels = cache.accumulated_resid(apply_ln=True, incl_mid=True, return_labels=True)
     assert labels[:3] == ["0_pre", "0_mid", "1_pre"] and labels[-1] == "final_post"
     torch.testing.assert_close(model.softcap(stack[-1] @ model.W_U), logits)
     assert torch.equal(cache.accumulated_resid(3)[-1], cache["resid_pre", 3])
+    lens = cache.logit_lens(return_type="logits").values
+    torch.testing.assert_close(lens[-1], logits[:, -1], rtol=1e-4, atol=1e-4)  # through the soft cap
+
+
+@torch.no_grad()
+def test_what_hooks_added_is_a_term_of_its_own():
+    model, direction = tiny_model("26B-A4B"), torch.randn(48)
+    hooks = [
+        ("blocks.2.hook_resid_mid", lambda t, hook: t + direction),
+        ("blocks.4.moe.hook_out", lambda t, hook: t * -1),
+    ]
+    with model.hooks(fwd_hooks=hooks):
+        _, cache = model.run_with_cache(TOKENS)
+    for experts in (False, True):
+        terms, labels = cache.decompose(heads=True, experts=experts)
+        assert labels[-1] == "edits" and relative(terms.sum(0), cache["resid_post", -1]) < 1e-5
+    alone = cache.decompose(3).terms[-1]
+    torch.testing.assert_close(alone, (direction * model.blocks[2].layer_scalar).expand_as(alone), rtol=1e-3, atol=1e-3)
+    assert "edits" not in cache.decompose(2).labels
+
+
+@torch.no_grad()
+def test_decompose_at_some_positions_computes_only_those():
+    model = tiny_model("26B-A4B")
+    _, cache = model.run_with_cache(TOKENS)
+    whole = cache.decompose(heads=True, experts=True).terms
+    for positions, expected in ((-1, whole[:, :, -1]), (slice(2, 5), whole[:, :, 2:5]), ([1, 4], whole[:, :, [1, 4]])):
+        torch.testing.assert_close(cache.decompose(heads=True, experts=True, pos_slice=positions).terms, expected)
+    results = cache.stack_head_results(pos_slice=-1, apply_ln=True)
+    torch.testing.assert_close(results, cache.stack_head_results(apply_ln=True)[:, :, -1])
+
+
+def test_head_results_go_through_the_same_door():
+    model = tiny_model("12B")
+    with model.hooks(fwd_hooks=[("blocks.1.attn.hook_result", lambda t, hook: t * 0)]):
+        _, cache = model.run_with_cache(TOKENS)
+        _, without = model.run_with_cache(TOKENS, names_filter=lambda name: name.endswith("hook_z"))
+    cache.compute_head_results()
+    assert cache["result", 1].abs().max() == 0 < cache["result", 2].abs().max()
+    with pytest.raises(KeyError, match="had a hook"):
+        without.compute_head_results()
+
+
+def test_hook_that_comes_during_the_run_is_not_forgotten():
+    model, once = tiny_model("12B"), []
+
+    def add_another(tensor, hook):
+        if not once:
+            once.append(1)
+            model.add_hook("blocks.3.attn.hook_pattern", lambda t, hook: torch.full_like(t, 1 / N_POS))
+
+    with model.hooks(fwd_hooks=[("blocks.0.hook_resid_pre", add_another)]):
+        _, cache = model.run_with_cache(TOKENS)
+    with pytest.raises(KeyError, match="may have changed it"):
+        cache["pattern", 3]
+    assert ("pattern", 3) not in cache and ("pattern", 2) in cache
 
 
 def test_helpers_that_would_be_wrong_are_refused():
@@ -240,3 +303,8 @@ def test_routing_trace():
     load = trace.load()
     torch.testing.assert_close(load.sum(-1), torch.ones(6))
     assert load[1, 5] == (trace.indices[1] == 5).float().mean()
+    mask = torch.ones_like(TOKENS)
+    mask[1, :5] = 0
+    _, padded = model.run_with_cache(TOKENS, attention_mask=mask, names_filter=lambda name: "router" in name)
+    real = padded.routing.indices[:, mask.bool()]
+    assert padded.routing.load()[3, 2] == (real[3] == 2).float().mean()

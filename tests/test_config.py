@@ -7,7 +7,6 @@ import torch
 
 from gemmascope.config import PRESETS, Gemma4Config
 from gemmascope.model.text import HookedGemma4
-from gemmascope.testing import ARCHITECTURES, tiny_config
 
 # Text parameters, ties counted once: the published sizes less the towers, as transformers' classes on `meta` give too.
 TEXT_PARAMETERS = {
@@ -41,17 +40,16 @@ def test_preset_survives_the_raw_json(name):
     assert Gemma4Config.from_hf(whole | {"model_type": "gemma4_unified"}, name).layers == PRESETS[name].layers
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_spelling_of_newer_transformers(architecture, tmp_path):
-    """transformers 5.15 and later write `per_layer_config` in place of `global_head_dim`."""
+@pytest.mark.parametrize("name", PRESETS)
+def test_spelling_of_newer_transformers(name, tmp_path):
+    """transformers 5.15 and later write `per_layer_config`, keys padded with zeros, for `global_head_dim`."""
     from transformers import Gemma4TextConfig
 
-    cfg = tiny_config(architecture)
-    raw = {key: value for key, value in cfg.to_hf().items() if key not in ("architectures", "model_type", "dtype")}
+    raw = {key: value for key, value in raw_text_config(name).items() if key != "model_type"}
     Gemma4TextConfig(**raw).save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "config.json").read_text())
     assert "global_head_dim" not in saved and "per_layer_config" in saved
-    assert Gemma4Config.from_hf(saved).layers == cfg.layers
+    assert Gemma4Config.from_hf(saved, name) == PRESETS[name]
 
 
 def test_layers_of_e2b():
@@ -88,8 +86,28 @@ def test_scalar_that_would_lie_raises():
         ({"layer_types": ["chunked_attention"] * 30}, "layer types \\['chunked_attention'\\]"),
         ({"rope_parameters": {"full_attention": {"rope_type": "yarn"}}}, "rope_type 'yarn'"),
         ({"num_kv_shared_layers": 29}, "No global layer of its own"),
+        ({"rope_parameters": {"full_attention": {"rope_theta": 1e6, "factor": 8.0}}}, "sets {'factor': 8.0}"),
+        ({"per_layer_config": {"05": {"head_dim": 512, "sliding_window": 9}}}, "per_layer_config sets sliding_window"),
+        ({"top_k_experts": 129}, "129 of 128 experts"),
+        ({"hidden_size": None, "moe_intermediate_size": None}, "lacks hidden_size, moe_intermediate_size"),
     ],
 )
 def test_refused(change, said):
     with pytest.raises(ValueError, match=said):
         Gemma4Config.from_hf(raw_text_config("google/gemma-4-26B-A4B") | change)
+
+
+def test_what_the_top_level_says():
+    text = {key: value for key, value in raw_text_config("google/gemma-4-12B").items() if key != "dtype"}
+    whole = {"model_type": "gemma4_unified", "text_config": text, "torch_dtype": "bfloat16", "eos_token_id": None}
+    cfg = Gemma4Config.from_hf(whole)
+    assert cfg.dtype == "bfloat16" and cfg.eos_token_id == 1
+    for setting, said in (
+        ({"tie_word_embeddings": False}, "tie_word"),
+        ({"quantization_config": {"bits": 4}}, "quantiz"),
+    ):
+        text.pop("tie_word_embeddings", None)
+        with pytest.raises(ValueError, match=said):
+            Gemma4Config.from_hf(whole | setting)
+    with pytest.raises(ValueError, match="no text_config"):
+        Gemma4Config.from_hf({"model_type": "gemma4"})

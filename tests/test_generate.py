@@ -36,7 +36,7 @@ def test_seed_makes_a_draw_repeatable():
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_hooks_act_at_every_step_alike_with_and_without_kv_cache(architecture):
-    """An edit that depends on nothing but its tensor gives the same tokens either way, and other tokens than no edit."""
+    """An edit that depends on nothing but its tensor gives the same tokens either way; and it changes them."""
     model = tiny_model(architecture)
     steps = []
 
@@ -130,6 +130,28 @@ def test_long_generation_shows_a_bar(capsys):
 def test_bad_settings(settings, said):
     with pytest.raises(ValueError, match=said):
         tiny_model("12B").generate(PROMPT, **settings)
+
+
+def test_right_padding_is_refused():
+    mask = torch.ones_like(PROMPT)
+    mask[0, -2:] = 0
+    with pytest.raises(ValueError, match="pad on the left"):
+        tiny_model("12B").generate(PROMPT, 3, attention_mask=mask)
+
+
+def test_pattern_changed_in_some_steps_only_is_refused():
+    model, steps = tiny_model("12B"), []
+
+    def once(pattern, hook):
+        steps.append(1)
+        if len(steps) == 2:
+            model.reset_hooks()
+        return pattern * 0.5
+
+    model.add_hook("blocks.2.attn.hook_pattern", once)
+    _, cache = model.generate(PROMPT, 6, return_cache=True, stop_ids=[])
+    with pytest.raises(KeyError, match="may have changed it"):
+        cache["pattern", 2]
 
 
 def test_a_failing_hook_leaves_no_hooks_behind():

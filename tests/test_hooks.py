@@ -192,6 +192,103 @@ def test_backward_hook_changes_the_gradient():
     assert model.blocks[0].mlp.up_proj.weight.grad.abs().max() > 0
 
 
+def test_gradient_edited_in_place_equals_returned():
+    """Autograd hands one gradient to both branches of the stream: an edit must stay in the branch it was made in."""
+    model, grads = tiny_model("12B"), []
+
+    def in_place(grad, hook):
+        grad.zero_()
+
+    for edit in (lambda grad, hook: torch.zeros_like(grad), in_place):
+        with model.hooks(bwd_hooks=[("blocks.1.hook_attn_out", edit)]):
+            model(TOKENS, return_type="loss").backward()
+        grads.append({name: weight.grad.clone() for name, weight in model.named_parameters()})
+        model.zero_grad()
+    assert all(torch.equal(grads[0][name], grads[1][name]) for name in grads[0])
+    assert grads[0]["blocks.1.attn.o_proj.weight"].abs().max() == 0 < grads[0]["embed.weight"].abs().max()
+
+
+def test_hooks_on_modules_act_whether_or_not_a_block_is_watched():
+    """Plain torch hooks on a part of the model, as PEFT and others use them."""
+    parts = ["blocks.1.mlp", "blocks.1.attn", "blocks.2.ln2_post", "blocks.3.moe", "blocks.3.moe.router", "ln_final"]
+    model = tiny_model("26B-A4B")
+    for part in parts:
+
+        def edit(module, args, output):
+            # Positions swapped: the norms that follow most parts would undo a change of scale.
+            return (output[0].flip(-2), output[1]) if isinstance(output, tuple) else output.flip(-2)
+
+        plain = model(TOKENS)
+        handle = model.get_submodule(part).register_forward_hook(edit)
+        changed, (watched, _) = model(TOKENS), model.run_with_cache(TOKENS)
+        handle.remove()
+        assert torch.equal(changed, watched), part
+        assert (changed - plain).abs().max() > 1e-3, part
+    seen = []
+    model.register_forward_hook(lambda module, args, output: seen.append(1))
+    model.run_with_cache(TOKENS)
+    model.generate(TOKENS, 2)
+    assert len(seen) == 3
+
+
+def test_module_in_the_place_of_a_point():
+    """As SAE libraries do it: replace the point, then setup()."""
+    from transformer_lens.hook_points import HookPoint
+
+    class Flipped(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.hook_acts = HookPoint()
+
+        def forward(self, x):
+            return self.hook_acts(x.flip(1))
+
+    model = tiny_model("12B")
+    plain = model(TOKENS)
+    for site, name in (("hook_resid_post", "hook_acts"), ("attn.hook_z", "hook_acts")):
+        model = tiny_model("12B")
+        owner = model.blocks[1] if "." not in site else model.blocks[1].attn
+        setattr(owner, site.rpartition(".")[2], Flipped())
+        model.setup()
+        changed = model(TOKENS)
+        assert (changed - plain).abs().max() > 1e-3
+        _, cache = model.run_with_cache(TOKENS)
+        assert f"blocks.1.{site}.{name}" in cache and f"blocks.1.{site}" not in cache
+        zeroed = model.run_with_hooks(TOKENS, fwd_hooks=[(f"blocks.1.{site}.{name}", lambda t, hook: t * 0)])
+        assert not torch.equal(zeroed, changed)
+
+
+def test_reader_before_a_writer_keeps_what_it_saw():
+    model = tiny_model("12B")
+    name = "blocks.2.hook_resid_mid"
+    stored, readers, _ = model.get_caching_hooks(name)
+
+    def in_place(tensor, hook):
+        tensor.zero_()
+
+    model.run_with_hooks(TOKENS, fwd_hooks=[*readers, (name, in_place)])
+    assert stored[name].abs().max() > 0
+
+
+def test_legacy_caching_hooks():
+    model = tiny_model("12B")
+    cache = model.add_caching_hooks()
+    model(TOKENS)
+    model.reset_hooks()
+    assert "blocks.0.hook_resid_pre" in cache and "blocks.0.attn.hook_pattern" not in cache
+    with pytest.raises(KeyError, match="nearest"):
+        model.add_caching_hooks("blocks.0.attn.hook_patern")
+
+
+def test_other_kinds_of_torch_hooks_are_refused():
+    site = tiny_model("12B").blocks[0].attn.hook_v
+    for register in (site.register_forward_pre_hook, site.register_full_backward_pre_hook, site.register_backward_hook):
+        with pytest.raises(ValueError, match="takes add_hook"):
+            register(lambda *args: None)
+    with pytest.raises(ValueError, match="holds integers, which have no gradient"):
+        tiny_model("26B-A4B").add_hook("blocks.0.moe.router.hook_indices", lambda g, hook: g, dir="bwd")
+
+
 def test_edits_at_a_source_layer_reach_the_layers_that_share_it():
     model = tiny_model("E2B")
     source, reader = 3, 5  # both global

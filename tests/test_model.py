@@ -63,7 +63,7 @@ def test_mask_with_everything_against_brute_force():
             for k in range(10):
                 q = i + 4
                 causal = k <= q or (blocks[b, q] == blocks[b, k] != -1)
-                assert visible[b, i, k] == ((causal and k > q - 4 and bool(key_mask[b, k])) or k == q), (b, q, k)
+                assert visible[b, i, k] == ((causal and abs(k - q) < 4 and bool(key_mask[b, k])) or k == q), (b, q, k)
 
 
 @pytest.mark.parametrize("mask", ["causal", "window", "padded"])
@@ -107,16 +107,54 @@ def test_kv_cache_in_pieces_equals_one_pass(architecture):
     assert past.length == 40
 
 
-def test_kv_cache_of_sliding_layers_keeps_a_window_and_little_more():
-    model, cache = tiny_model("12B", n_ctx=4096), None
-    cache = KVCache(model.cfg)
-    k = torch.zeros(1, 1, 2, 8)
-    for _ in range(1000):
-        kept, _ = cache.append(0, k, k)  # layer 0 slides over 7 keys
-        cache.advance(1)
-    assert kept.shape[1] == 7 and cache.nbytes <= 4 * 7 * k.nbytes
+def test_kv_cache_of_sliding_layers_keeps_the_window_and_no_more():
+    model = tiny_model("12B", n_ctx=4096)
+    for chunks in ([1000], [1] * 50, [5, 300, 1, 20]):
+        cache = KVCache(model.cfg)
+        for n in chunks:
+            k = torch.rand(1, n, 2, 8)
+            kept, _ = cache.append(0, k, k)  # layer 0 slides over 7 keys
+            cache.advance(n)
+        assert cache.nbytes == 2 * 6 * 2 * 8 * 4  # what the next query sees besides itself
+        assert torch.equal(kept[:, -n:], k)
     with pytest.raises(ValueError, match="holds no gradients"):
         cache.append(0, k.requires_grad_(), k)
+
+
+@torch.no_grad()
+def test_padding_stays_padding_in_a_kv_cache():
+    model, past = tiny_model("E2B"), None
+    mask = torch.ones_like(TOKENS)
+    mask[1, :4] = 0
+    whole = model(TOKENS, attention_mask=mask)
+    past = KVCache(model.cfg)
+    model(TOKENS[:, :10], attention_mask=mask[:, :10], past_kv_cache=past)
+    torch.testing.assert_close(model(TOKENS[:, 10:], past_kv_cache=past), whole[:, 10:], rtol=0, atol=1e-4)
+    with pytest.raises(ValueError, match="holds 2 sequences and 1 came"):
+        model(TOKENS[:1, 10:], past_kv_cache=past)
+
+
+@torch.no_grad()
+def test_image_in_a_kv_cache_comes_whole():
+    model = tiny_model("12B")
+    blocks = torch.full((2, 17), -1)
+    blocks[:, 4:9] = 0
+    whole = model(TOKENS, image_blocks=blocks)
+    past = KVCache(model.cfg)
+    model(TOKENS[:, :9], image_blocks=blocks[:, :9], past_kv_cache=past)
+    rest = model(TOKENS[:, 9:], image_blocks=blocks, past_kv_cache=past)
+    torch.testing.assert_close(rest, whole[:, 9:], rtol=0, atol=1e-4)
+    past = KVCache(model.cfg)
+    model(TOKENS[:, :6], image_blocks=blocks[:, :6], past_kv_cache=past)
+    with pytest.raises(ValueError, match="An image lies partly in past_kv_cache"):
+        model(TOKENS[:, 6:], image_blocks=blocks, past_kv_cache=past)
+
+
+def test_only_shared_keys_are_kept_through_the_pass():
+    model, held = tiny_model("E4B"), []
+    model.blocks[-1].register_forward_hook(lambda module, args, output: held.append(set(args[1].kv)))
+    model(TOKENS)
+    assert held == [{layer.kv_source for layer in model.cfg.layers} - {None}]
 
 
 def test_loss():
@@ -134,11 +172,11 @@ def test_loss():
     assert model(TOKENS, return_type=None) is None
 
 
-@pytest.mark.parametrize("stop", [0, 3, -1, 6])
+@pytest.mark.parametrize("stop", [0, 3, -1, -6, 6])
 def test_stop_at_layer(stop):
     model = tiny_model("26B-A4B")
     _, cache = model.run_with_cache(TOKENS)
-    layer = stop % 7 if stop >= 0 else stop + 7
+    layer = stop if stop >= 0 else stop + 6  # as in TransformerLens: -1 is before the last layer
     expected = cache["resid_post", 5] if layer == 6 else cache["resid_pre", layer]
     assert torch.equal(model(TOKENS, stop_at_layer=stop), expected)
     _, partial = model.run_with_cache(TOKENS, stop_at_layer=stop)
@@ -191,7 +229,14 @@ def test_weights_by_transformer_lens_names():
         (lambda m: m(TOKENS, return_type="logit"), ValueError, "'logits', 'loss', 'both' or None"),
         (lambda m: m(TOKENS, attention_mask=torch.ones(2, 5)), ValueError, r"attention_mask has shape \[2, 5\]"),
         (lambda m: m(TOKENS, image_blocks=torch.zeros(2, 17).long()), ValueError, "reads images causally"),
-        (lambda m: m(TOKENS, stop_at_layer=9), IndexError, "range"),
+        (lambda m: m(TOKENS, stop_at_layer=9), ValueError, "stop_at_layer is 9; .* layers 0 to 7"),
+        (lambda m: m(TOKENS[:, :1], return_type="loss"), ValueError, "needs two tokens"),
+        (lambda m: m(TOKENS, position_ids=torch.zeros(1, 1).long()), ValueError, r"position_ids has shape \[1, 1\]"),
+        (lambda m: m(torch.tensor([[5, 6], [0, 6]])), ValueError, "Row 1 .* starts or ends with padding"),
+        (lambda m: m(TOKENS, stop_at_layer=2, past_kv_cache=KVCache(m.cfg)), ValueError, "drop one of the two"),
+        (lambda m: m.run_with_cache(TOKENS, incl_bwd=True), ValueError, 'pass return_type="loss"'),
+        (lambda m: m.run_with_cache(TOKENS, pos_slice=slice(50, 60)), ValueError, "none of the 17 positions"),
+        (lambda m: m.layer(8), ValueError, "Layer 8 does not exist: .* layers 0 to 7"),
         (lambda m: m.run_with_cache(TOKENS, remove_batch_dim=True), ValueError, "there are 2"),
     ],
 )

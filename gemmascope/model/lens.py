@@ -1,5 +1,7 @@
 """What TransformerLens users and tools expect of a model, apart from its arithmetic: caching, text, named weights."""
 
+from types import SimpleNamespace
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -43,18 +45,22 @@ class LensModel(HookedModel):
         names them; asked for later, they are recomputed from what is stored. `incl_bwd` runs backward from the output,
         so it needs return_type="loss". Other arguments are forward's.
         """
-        tokens, run, mask = self._begin(input, attention_mask, position_ids, past_kv_cache, image_blocks, prepend_bos)
-        if remove_batch_dim and len(tokens) > 1:
-            raise ValueError(f"remove_batch_dim needs one prompt, and there are {len(tokens)}.")
+        run = self._begin(input, attention_mask, position_ids, past_kv_cache, image_blocks, prepend_bos)
+        if remove_batch_dim and len(run.tokens) > 1:
+            raise ValueError(f"remove_batch_dim needs one prompt, and there are {len(run.tokens)}.")
+        if incl_bwd and (run_kwargs.get("return_type") != "loss" or run_kwargs.get("loss_per_token")):
+            raise ValueError('incl_bwd runs backward from one number: pass return_type="loss".')
         changed = self.changed_expansions()
         stored, fwd, bwd = self.get_caching_hooks(names_filter, incl_bwd, device, remove_batch_dim, None, pos_slice)
         with self.hooks(fwd, bwd, reset_hooks_end, clear_contexts):
-            out = self._run(tokens, run, mask, **run_kwargs)
+            out = self(run, **run_kwargs)
             if incl_bwd:
                 out.backward()
+            else:
+                changed |= self.changed_expansions()  # a hook may have added another
         if not return_cache_object:
             return out, stored
-        return out, ActivationCache(stored, self, not remove_batch_dim, run.masks, pos_slice, changed)
+        return out, ActivationCache(stored, self, not remove_batch_dim, run.masks, pos_slice, changed, run.mask)
 
     def generate(self, input, max_new_tokens: int = 32, **kwargs):
         """Continues a prompt. See `gemmascope.generate.generate` for its arguments."""
@@ -92,6 +98,11 @@ class LensModel(HookedModel):
         return self._need_tokenizer().to_single_token(text)
 
     # Weights, by TransformerLens's names
+
+    @property
+    def adapter(self) -> SimpleNamespace:
+        """Where transformer_lens.tools look for what follows the unembedding: the soft cap."""
+        return SimpleNamespace(apply_output_logits_transform=self.softcap)
 
     @property
     def W_E(self) -> Float[Tensor, "d_vocab d_model"]:

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from gemmascope import ops
 from gemmascope.config import Gemma4Config
-from gemmascope.hooks import Site
+from gemmascope.hooks import Site, written
 
 Choice = tuple[Int[Tensor, "batch pos slot"], Float[Tensor, "batch pos slot"]]
 
@@ -42,7 +42,9 @@ class Router(nn.Module):
         chosen = probs.gather(-1, indices)
         return chosen / chosen.sum(-1, keepdim=True) * self.per_expert_scale[indices]
 
-    def forward(self, x: Float[Tensor, "batch pos d_model"]) -> Choice:
+    def forward(self, x: Float[Tensor, "batch pos d_model"], sites: bool = False) -> Choice:
+        if sites:
+            return self.with_sites(x)
         probs = ops.wide(self.proj(self._input(x))).softmax(-1)
         indices = probs.topk(self.k, dim=-1).indices
         return indices, self._weights(probs, indices)
@@ -52,7 +54,7 @@ class Router(nn.Module):
         probs = self.hook_probs(ops.wide(logits).softmax(-1))
         indices = self.hook_indices(probs.topk(self.k, dim=-1).indices)
         n_experts = probs.shape[-1]
-        if self.hook_indices.written and not ((0 <= indices) & (indices < n_experts)).all():
+        if written(self.hook_indices) and not ((0 <= indices) & (indices < n_experts)).all():
             raise ValueError(
                 f"{self.hook_indices.name}: a hook chose expert {int(indices.max())} or {int(indices.min())}; "
                 f"this layer has experts 0 to {n_experts - 1}."
@@ -85,7 +87,11 @@ class MoE(nn.Module):
         out = ops.grouped_linear(post.flatten(0, 2), indices.flatten(), self.down_proj).unflatten(0, indices.shape)
         return (out * weights[..., None]).type_as(out)
 
-    def forward(self, x: Float[Tensor, "batch pos d_model"], choice: Choice) -> Float[Tensor, "batch pos d_model"]:
+    def forward(
+        self, x: Float[Tensor, "batch pos d_model"], choice: Choice, sites: bool = False
+    ) -> Float[Tensor, "batch pos d_model"]:
+        if sites:
+            return self.with_sites(x, choice)
         gate, up = self.gate_up(x, choice[0])
         return self.down(F.gelu(gate, approximate="tanh") * up, choice).sum(-2)
 

@@ -10,7 +10,7 @@ Every part has two lines: `forward`, which touches no hook point, and `with_site
 tensor shown. A block runs the second only while one of its points has a hook.
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -19,26 +19,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gemmascope import ops
-from gemmascope.config import Gemma4Config, LayerGeometry, LayerKind
+from gemmascope.config import Gemma4Config, LayerGeometry
 from gemmascope.generate import KVCache
-from gemmascope.hooks import Site, WatchedBlock
+from gemmascope.hooks import Site, WatchedBlock, watched, written
+from gemmascope.model.inputs import Pass, prepare
 from gemmascope.model.lens import LensModel
 from gemmascope.model.moe import MoE, drawn
 from gemmascope.tokenizer import Gemma4Tokenizer
 
 Stream = Float[Tensor, "batch pos d_model"]
-
-
-@dataclass
-class Pass:
-    """What the layers of one forward pass share."""
-
-    rope: dict[LayerKind, tuple[Tensor, Tensor]]
-    masks: dict[LayerKind, ops.Mask]
-    past: KVCache | None
-    ple: Float[Tensor, "batch pos layer d_ple"] | None = None
-    kv: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    """Keys and values of the layers that later ones read."""
 
 
 class RMSNorm(nn.Module):
@@ -60,7 +49,9 @@ class SiteNorm(RMSNorm):
         super().__init__(d, eps)
         self.hook_scale, self.hook_normalized = Site(), Site()
 
-    def with_sites(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, sites: bool = False) -> Tensor:
+        if not sites:
+            return super().forward(x)
         normalized = self.hook_normalized(ops.wide(x) / self.hook_scale(ops.rms(x, self.eps)))
         return (normalized * ops.wide(self.weight)).type_as(x)
 
@@ -72,6 +63,7 @@ class Attention(nn.Module):
         H, K, h = cfg.n_heads, self.geometry.n_kv_heads, self.geometry.d_head
         self.q_proj = nn.Linear(cfg.d_model, H * h, bias=False)
         self.q_norm = RMSNorm(h, cfg.eps)
+        self.is_read = any(other.kv_source == layer for other in cfg.layers)
         if self.geometry.kv_source is None:
             self.k_proj = nn.Linear(cfg.d_model, K * h, bias=False)
             self.k_norm = RMSNorm(h, cfg.eps)
@@ -120,10 +112,13 @@ class Attention(nn.Module):
         """Adds the past, and leaves keys and values for the layers that read them."""
         if run.past is not None:
             k, v = run.past.append(self.layer, k, v)
-        run.kv[self.layer] = k, v
+        if self.is_read:
+            run.kv[self.layer] = k, v
         return k, v
 
-    def forward(self, x: Stream, run: Pass) -> Stream:
+    def forward(self, x: Stream, run: Pass, sites: bool = False) -> Stream:
+        if sites:
+            return self.with_sites(x, run)
         kind, source = self.geometry.kind, self.geometry.kv_source
         q = ops.rotate(self.q_norm(self._heads(self.q_proj(x))), *run.rope[kind])
         if source is None:
@@ -150,19 +145,19 @@ class Attention(nn.Module):
         else:
             k, v = run.kv[source]
         z = self.hook_z(self._mix(q, k, v, run.masks[kind]))
-        if not self.hook_result.watched:
+        if not watched(self.hook_result):
             return self.o_proj(z.flatten(-2))
         result = self.hook_result(torch.einsum("bphe,hed->bphd", z, self.W_O))
-        return result.sum(-2) if self.hook_result.written else self.o_proj(z.flatten(-2))
+        return result.sum(-2) if written(self.hook_result) else self.o_proj(z.flatten(-2))
 
     def _mix(self, q: Tensor, k: Tensor, v: Tensor, mask: ops.Mask) -> Tensor:
         """z, by the fused path unless a hook writes scores or pattern; for a reader they are computed beside it."""
-        written = self.hook_attn_scores.written or self.hook_pattern.written
-        if not (written or self.hook_attn_scores.watched or self.hook_pattern.watched):
+        explicit = written(self.hook_attn_scores) or written(self.hook_pattern)
+        if not (explicit or watched(self.hook_attn_scores) or watched(self.hook_pattern)):
             return ops.attention(q, k, v, mask)
         scores = self.hook_attn_scores(ops.attention_scores(q, k, mask))
         pattern = self.hook_pattern(scores.softmax(-1))
-        return ops.mix_values(pattern, v) if written else ops.attention(q, k, v, mask)
+        return ops.mix_values(pattern, v) if explicit else ops.attention(q, k, v, mask)
 
 
 class MLP(nn.Module):
@@ -187,7 +182,9 @@ class MLP(nn.Module):
     def W_out(self) -> Float[Tensor, "d_mlp d_model"]:
         return self.down_proj.weight.T
 
-    def forward(self, x: Stream) -> Stream:
+    def forward(self, x: Stream, sites: bool = False) -> Stream:
+        if sites:
+            return self.with_sites(x)
         return self.down_proj(F.gelu(self.gate_proj(x), approximate="tanh") * self.up_proj(x))
 
     def with_sites(self, x: Stream) -> Stream:
@@ -222,7 +219,9 @@ class PLE(nn.Module):
         self.proj = nn.Linear(cfg.d_ple, cfg.d_model, bias=False)
         self.hook_gate, self.hook_post = Site(), Site()
 
-    def forward(self, x: Stream, signal: Tensor) -> Stream:
+    def forward(self, x: Stream, signal: Tensor, sites: bool = False) -> Stream:
+        if sites:
+            return self.with_sites(x, signal)
         return self.proj(F.gelu(self.gate(x), approximate="tanh") * signal)
 
     def with_sites(self, x: Stream, signal: Tensor) -> Stream:
@@ -250,7 +249,6 @@ class Block(WatchedBlock):
         if self.ple is not None:
             self.ple_ln_post, self.hook_ple_out = norm(), Site()
         self.register_buffer("layer_scalar", torch.ones(1))
-        self.find_sites()
 
     def forward(self, x: Stream, run: Pass) -> Stream:
         if self.watched:
@@ -267,20 +265,20 @@ class Block(WatchedBlock):
     def with_sites(self, x: Stream, run: Pass) -> Stream:
         # 1 attention
         x = self.hook_resid_pre(x)
-        attn_out = self.ln1_post.with_sites(self.attn.with_sites(self.ln1.with_sites(x), run))
+        attn_out = self.ln1_post(self.attn(self.ln1(x, sites=True), run, sites=True), sites=True)
         x = self.hook_resid_mid(x + self.hook_attn_out(attn_out))
         # 2 feed-forward
-        out = self.mlp.with_sites(self.ln2.with_sites(x))
+        out = self.mlp(self.ln2(x, sites=True), sites=True)
         if self.moe is not None:
-            dense = self.hook_dense_out(self.dense_ln_post.with_sites(out))
-            choice = self.moe.router.with_sites(x)
-            experts = self.moe.with_sites(self.moe_ln_pre.with_sites(x), choice)
-            out = dense + self.hook_moe_out(self.moe_ln_post.with_sites(experts))
-        x = self.hook_resid_mlp(x + self.hook_mlp_out(self.ln2_post.with_sites(out)))
+            dense = self.hook_dense_out(self.dense_ln_post(out, sites=True))
+            choice = self.moe.router(x, sites=True)
+            experts = self.moe(self.moe_ln_pre(x, sites=True), choice, sites=True)
+            out = dense + self.hook_moe_out(self.moe_ln_post(experts, sites=True))
+        x = self.hook_resid_mlp(x + self.hook_mlp_out(self.ln2_post(out, sites=True)))
         # 3 per-layer embedding
         if self.ple is not None:
-            added = self.ple_ln_post.with_sites(self.ple.with_sites(x, run.ple[:, :, self.layer]))
-            x = x + self.hook_ple_out(added)
+            added = self.ple(x, run.ple[:, :, self.layer], sites=True)
+            x = x + self.hook_ple_out(self.ple_ln_post(added, sites=True))
         # 4 scale
         return self.hook_resid_post(x * self.layer_scalar)
 
@@ -337,7 +335,10 @@ class HookedGemma4(LensModel):
         return self
 
     def layer(self, layer: int) -> LayerGeometry:
-        """The shape of one layer: kind, d_head, n_kv_heads, d_mlp, kv_source, ..."""
+        """The shape of one layer: kind, d_head, n_kv_heads, d_mlp, kv_source, ... May be negative."""
+        n_layers = self.cfg.n_layers
+        if not -n_layers <= layer < n_layers:
+            raise ValueError(f"Layer {layer} does not exist: {self.cfg.model_name} has layers 0 to {n_layers - 1}.")
         return self.cfg.layers[layer]
 
     def softcap(self, logits: Tensor) -> Tensor:
@@ -381,118 +382,63 @@ class HookedGemma4(LensModel):
         Raises:
             ValueError: for an empty prompt, one longer than the context, or a token id out of range.
         """
-        tokens, run, mask = self._begin(input, attention_mask, position_ids, past_kv_cache, image_blocks, prepend_bos)
-        return self._run(tokens, run, mask, return_type, loss_per_token, stop_at_layer)
-
-    def _begin(
-        self, input, attention_mask=None, position_ids=None, past_kv_cache=None, image_blocks=None, prepend_bos=None
-    ) -> tuple[Tensor, Pass, Tensor | None]:
-        """Tokens, what the layers share, and the attention mask: all that is known before the first layer."""
-        tokens = input
-        if isinstance(input, str) or (isinstance(input, list | tuple) and all(isinstance(t, str) for t in input)):
-            tokens, padded = self._need_tokenizer().batch(input, prepend_bos)
-            attention_mask = padded if attention_mask is None else attention_mask
-        tokens = self._checked_tokens(tokens)
-        past = past_kv_cache.length if past_kv_cache is not None else 0
-        batch, total = tokens.shape[0], past + tokens.shape[1]
-        if total > self.cfg.n_ctx:
-            raise ValueError(
-                f"The prompt has {total} tokens but {self.cfg.model_name} reads at most {self.cfg.n_ctx}; shorten it."
-            )
-        if image_blocks is not None and not self.cfg.bidirectional_images:
-            raise ValueError(f"{self.cfg.model_name} reads images causally: leave image_blocks out.")
-        for name, given in (("attention_mask", attention_mask), ("image_blocks", image_blocks)):
-            if given is not None and given.shape != (batch, total):
-                raise ValueError(f"{name} has shape {list(given.shape)}; the tokens so far need {[batch, total]}.")
-        mask = None
-        if attention_mask is not None and not attention_mask.all():
-            mask = attention_mask.to(tokens.device, torch.bool)
-        if position_ids is None:
-            count = torch.arange(total, device=tokens.device)[None]
-            count = count if mask is None else (mask.cumsum(-1) - 1).clamp(min=0)
-            position_ids = count[:, past:]
-
-        rope, masks = {}, {}
-        for layer in {layer.kind: layer for layer in self.cfg.layers}.values():
-            rope[layer.kind] = ops.rope_tables(
-                position_ids, layer.d_head, layer.rope_theta, layer.rope_fraction, self.cfg.dtype
-            )
-            first = past_kv_cache.first_kept(layer.window, tokens.shape[1]) if past_kv_cache is not None else 0
-            blocks = image_blocks if layer.window is not None else None
-            masks[layer.kind] = ops.Mask(
-                n_queries=tokens.shape[1],
-                n_keys=total - first,
-                device=tokens.device,
-                window=layer.window,
-                key_mask=None if mask is None else mask[:, first:],
-                image_blocks=None if blocks is None else blocks[:, first:].to(tokens.device),
-            )
-        return tokens, Pass(rope, masks, past_kv_cache), mask
-
-    def _checked_tokens(self, tokens) -> Int[Tensor, "batch pos"]:
-        if not isinstance(tokens, Tensor):
-            raise TypeError(f"The model takes text or a tensor of token ids, not a {type(tokens).__name__}.")
-        tokens = tokens.to(self.cfg.device)
-        tokens = tokens[None] if tokens.ndim == 1 else tokens
-        if tokens.ndim != 2 or tokens.is_floating_point():
-            raise ValueError(
-                f"Token ids are integers of shape [batch, pos]; got {tokens.dtype} of shape {list(tokens.shape)}."
-            )
-        if tokens.numel() == 0:
-            raise ValueError("The prompt is empty: give at least one token (BOS alone will do).")
-        if not self.embed.weight.is_meta:
-            low, high = int(tokens.min()), int(tokens.max())
-            if low < 0 or high >= self.cfg.d_vocab:
-                raise ValueError(
-                    f"Token id {low if low < 0 else high} is out of range: "
-                    f"{self.cfg.model_name} has ids 0 to {self.cfg.d_vocab - 1}."
-                )
-        return tokens
-
-    def _run(
-        self,
-        tokens: Int[Tensor, "batch pos"],
-        run: Pass,
-        mask: Tensor | None = None,
-        return_type: str | None = "logits",
-        loss_per_token: bool = False,
-        stop_at_layer: int | None = None,
-        last_only: bool = False,
-    ):
-        x = self.hook_embed(self.embed(tokens) * scale_as(self.embed.weight, self.cfg.d_model))
+        run = input if isinstance(input, Pass) else self._begin(
+            input, attention_mask, position_ids, past_kv_cache, image_blocks, prepend_bos
+        )  # fmt: skip
+        stop = self._stop(stop_at_layer, run)
+        if return_type not in ("logits", "loss", "both", None):
+            raise ValueError(f"return_type is {return_type!r}; it is 'logits', 'loss', 'both' or None.")
+        x = self.hook_embed(self.embed(run.tokens) * scale_as(self.embed.weight, self.cfg.d_model))
         if self.per_layer is not None:
-            run.ple = self.hook_ple_inputs(self.per_layer(tokens, x))
-        stop = range(self.cfg.n_layers + 1)[stop_at_layer] if stop_at_layer is not None else None
+            run.ple = self.hook_ple_inputs(self.per_layer(run.tokens, x))
         for block in self.blocks[:stop]:
             x = block(x, run)
         if run.past is not None:
-            run.past.advance(tokens.shape[1])
+            run.past.advance(run.tokens.shape[1], run.mask)
         if stop is not None:
             return x
 
         head = (self.ln_final.hook_scale, self.ln_final.hook_normalized, self.hook_unembed, self.hook_logits)
-        if not any(site.watched for site in head):
+        if not any(watched(point) for point in head):
             if return_type is None:
                 return None
-            x = x[:, -1:] if last_only else x  # nobody looks at the others
-        logits = self.hook_logits(self.softcap(self.hook_unembed(self.unembed(self.ln_final.with_sites(x)))))
-        match return_type:
-            case "logits":
-                return logits
-            case "loss":
-                return self._loss(logits, tokens, mask, loss_per_token)
-            case "both":
-                return logits, self._loss(logits, tokens, mask, loss_per_token)
-            case None:
-                return None
-        raise ValueError(f"return_type is {return_type!r}; it is 'logits', 'loss', 'both' or None.")
+            x = x[:, -1:] if run.last_only else x
+        logits = self.hook_logits(self.softcap(self.hook_unembed(self.unembed(self.ln_final(x, sites=True)))))
+        if return_type in ("logits", None):
+            return logits if return_type else None
+        loss = self._loss(logits, run, loss_per_token)
+        return (logits, loss) if return_type == "both" else loss
+
+    def _begin(self, input, attention_mask=None, position_ids=None, past=None, image_blocks=None, prepend_bos=None):
+        """Text or tokens to a Pass: all that is known before the first layer."""
+        tokens = input
+        if isinstance(input, str) or (isinstance(input, list | tuple) and all(isinstance(t, str) for t in input)):
+            if past is not None and past.length:
+                raise ValueError("Text cannot continue a past_kv_cache, it would get BOS again: pass token ids.")
+            tokens, padded = self._need_tokenizer().batch(input, prepend_bos)
+            attention_mask = padded if attention_mask is None else attention_mask
+        return prepare(self.cfg, tokens, attention_mask, position_ids, past, image_blocks)
+
+    def _stop(self, stop_at_layer: int | None, run: Pass) -> int | None:
+        n_layers, stop = self.cfg.n_layers, stop_at_layer
+        if stop is None:
+            return None
+        if not -n_layers <= stop <= n_layers:
+            raise ValueError(f"stop_at_layer is {stop}; {self.cfg.model_name} has layers 0 to {n_layers - 1}.")
+        if run.past is not None:
+            raise ValueError(
+                "stop_at_layer would leave the later layers of past_kv_cache without keys: drop one of the two."
+            )
+        return stop + n_layers if stop < 0 else stop
 
     @staticmethod
-    def _loss(logits: Tensor, tokens: Tensor, mask: Tensor | None, per_token: bool) -> Tensor:
-        loss = F.cross_entropy(ops.wide(logits[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
-        loss = loss.view(len(tokens), -1)
-        if mask is None:
+    def _loss(logits: Tensor, run: Pass, per_token: bool) -> Tensor:
+        if run.tokens.shape[1] < 2:
+            raise ValueError("The loss of a next token needs two tokens, and there is one.")
+        loss = F.cross_entropy(ops.wide(logits[:, :-1]).flatten(0, 1), run.tokens[:, 1:].flatten(), reduction="none")
+        loss = loss.view(len(run.tokens), -1)
+        if run.mask is None:
             return loss if per_token else loss.mean()
-        real = mask[:, -tokens.shape[1] :]
+        real = run.mask[:, -run.tokens.shape[1] :]
         real = real[:, 1:] & real[:, :-1]
         return loss * real if per_token else (loss * real).sum() / real.sum()

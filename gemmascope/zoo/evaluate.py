@@ -147,7 +147,10 @@ def _predictable(batch: Batch) -> tuple[Int[Tensor, " token"], Int[Tensor, " tok
 
 
 class Ngrams:
-    """Unigram and bigram models of each domain, counted on the training stream; the bigram backs off to the unigram."""
+    """Unigram and bigram models of each domain, counted on the training stream.
+
+    The bigram falls back on the unigram as often as a context was followed by something new (Witten and Bell 1991).
+    """
 
     def __init__(self, corpus: Corpus, d_vocab: int, n_ctx: int, batches: int):
         self.d_vocab = d_vocab
@@ -161,7 +164,9 @@ class Ngrams:
     def nats(self, previous: Tensor, token: Tensor, domain: Tensor) -> dict[str, Tensor]:
         """Each token's price in nats under both models."""
         unigram = self.unigram[domain, token]
-        bigram = (self.counts[domain, previous, token] + unigram) / (self.counts[domain, previous].sum(-1) + 1)
+        after = self.counts[domain, previous]
+        novel = (after > 0).sum(-1).clamp(min=1)
+        bigram = (after.gather(-1, token[:, None]).squeeze(-1) + novel * unigram) / (after.sum(-1) + novel)
         return {"unigram": -unigram.log(), "bigram": -bigram.log()}
 
 

@@ -56,8 +56,8 @@ class Recipe:
     lr: float
     """Of everything but the layer scalars, at its peak."""
     scalar_lr: float
-    """Of the layer scalars. If they fall fast, the token drowns in what the layers add, and without per-layer embeddings
-    to bring it back induction does not form."""
+    """Of the layer scalars. If they fall fast the token drowns in what the layers add, and where no per-layer embedding
+    brings it back, induction does not form."""
 
 
 _SHARED = dict(d_model=128, n_heads=4, d_vocab=1328, n_ctx=256, window=16, d_head_sliding=32, d_head_global=64)
