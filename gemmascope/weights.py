@@ -176,8 +176,8 @@ def _config(folder: Path, name: str) -> Gemma4Config:
         _refuse_quantized(path)
     try:
         cfg = Gemma4Config.from_hf(raw, model_name=name)
-    except KeyError as error:
-        raise ValueError(f"{path} says {raw.get('model_type')!r} but has no {error}.") from error
+    except ValueError as error:
+        raise ValueError(f"In {folder}, {error}") from error
     # Instruction-tuned checkpoints name all their stop ids only here.
     generation = folder / "generation_config.json"
     eos = _read_json(generation).get("eos_token_id") if generation.is_file() else None

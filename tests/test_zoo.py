@@ -4,6 +4,7 @@ import json
 import math
 import random
 from collections import defaultdict
+from dataclasses import replace
 
 import pytest
 import torch
@@ -189,6 +190,9 @@ def test_transformers_reads_the_same_ids(tmp_path, tokenizer):
 def test_a_resumed_run_is_bitwise_the_uninterrupted_one(tmp_path, monkeypatch, name):
     monkeypatch.setattr(train, "BATCH", 2)
     monkeypatch.setattr(train, "SAVE_EVERY", 2)
+    recipe = train.RECIPES[name]
+    small = replace(recipe, cfg=replace(recipe.cfg, n_ctx=61), phases=(0, 1, 3))
+    monkeypatch.setitem(train.RECIPES, name, small)
     measure = lambda model: {"probe": 1.0}  # noqa: E731
     whole = train.train(name, 4, tmp_path / "whole", seed=3, evaluate=measure)
 

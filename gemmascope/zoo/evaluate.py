@@ -216,6 +216,13 @@ _SHAPES = {
 }
 
 
+_ROUTING = """
+The separation of the domains by the router is trained, not only found. Left alone, the router followed kinds of tokens
+more than domains; so beside a load-balancing loss, training rewards what the choice of expert tells about the document
+(their mutual information, averaged over layers). It never sees a domain's label.
+"""
+
+
 def _table(header: list[str], rows: list[list[str]]) -> str:
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
@@ -268,7 +275,7 @@ def card(name: str, figures: dict, config: dict, log: list[dict]) -> str:
     """The model's README.md: every number in it comes from `evaluate`, config.json and the training log."""
     kinds = ", ".join("global" if kind == "full_attention" else "sliding" for kind in config["layer_types"])
     entropies = ", ".join(f"{language} {nats:.3f}" for language, nats in figures["language_entropy"].items())
-    n_ctx, last = config["max_position_embeddings"], log[-1]
+    n_ctx, last, is_moe = config["max_position_embeddings"], log[-1], config["enable_moe_block"]
     return f"""---
 license: apache-2.0
 library_name: gemmascope
@@ -277,7 +284,7 @@ tags: [interpretability, gemma4]
 # {name}
 
 A small language model that ships with gemmascope, so that known circuits can be checked and not only displayed. It has
-{_SHAPES["moe" if config["enable_moe_block"] else "edge"]}.
+{_SHAPES["moe" if is_moe else "edge"]}.
 
 {figures["parameters"]:,} parameters; layers {kinds}; width {config["hidden_size"]}; window {config["sliding_window"]};
 context {n_ctx}; {config["vocab_size"]} tokens. It knows its generated corpus and nothing
@@ -304,7 +311,7 @@ code-like text. See `gemmascope/zoo/corpus.py`.
 ## Recipe
 `python -m gemmascope.zoo.train {name} --steps {last["step"]}`, seed 0: {last["tokens"] / 1e6:.1f} million tokens in
 {last["seconds"] / 60:.0f} minutes on one core of a busy two-core CPU. See `gemmascope/zoo/train.py`.
-
+{_ROUTING if is_moe else ""}
 Each circuit's own curve, on smaller samples than above (all rows are in `log.jsonl`):
 
 {_curve_table(log)}

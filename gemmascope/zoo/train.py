@@ -34,7 +34,6 @@ from gemmascope.zoo.corpus import PHASES, Batch, Corpus
 from gemmascope.zoo.evaluate import circuits
 
 BATCH = 8
-STEPS = 8000
 WARMUP = 100
 WEIGHT_DECAY = 0.05
 CLIP = 1.0
@@ -51,8 +50,9 @@ class Recipe:
     """What differs between the two models."""
 
     cfg: Gemma4Config
+    steps: int
     phases: tuple[int, ...]
-    """First step of each of the corpus's phases."""
+    """First step of each of the corpus's phases; nano-moe needed no third."""
     lr: float
     """Of everything but the layer scalars, at its peak."""
     scalar_lr: float
@@ -76,8 +76,8 @@ _EDGE = Gemma4Config(
     model_name="nano-edge", **_SHARED,
 )  # fmt: skip
 RECIPES = {
-    "nano-moe": Recipe(_MOE, phases=(0, 500, 2500), lr=2e-3, scalar_lr=1e-4),
-    "nano-edge": Recipe(_EDGE, phases=(0, 1250, 2500), lr=3e-3, scalar_lr=3e-3),
+    "nano-moe": Recipe(_MOE, steps=2500, phases=(0, 500), lr=2e-3, scalar_lr=1e-4),
+    "nano-edge": Recipe(_EDGE, steps=3200, phases=(0, 1250, 2500), lr=3e-3, scalar_lr=3e-3),
 }
 
 
@@ -254,14 +254,10 @@ def train(
 
         done = step + 1
         if done % 10 == 0:
-            bar.set_postfix({name: f"{part.item():.3f}" for name, part in parts.items()})
+            bar.set_postfix({k: f"{part.item():.3f}" for k, part in parts.items()})
         if done % EVALUATE_EVERY == 0 or done == steps:
-            line = {
-                "step": done,
-                "tokens": done * batch.tokens.numel(),
-                "seconds": round(time.perf_counter() - started),
-            }
-            line |= {name: part.item() for name, part in parts.items()} | {"lr": recipe.lr * schedule(step, steps)}
+            line = {"step": done, "tokens": done * batch.tokens.numel(), "lr": recipe.lr * schedule(step, steps)}
+            line |= {"seconds": round(time.perf_counter() - started)} | {k: part.item() for k, part in parts.items()}
             progress["log"].append(line | evaluate(model))
             log.write_text("".join(json.dumps(line) + "\n" for line in progress["log"]))
         if done % SAVE_EVERY == 0 or done == steps:
@@ -274,14 +270,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m gemmascope.zoo.train", description="Trains a shipped model.")
     parser.add_argument("name", choices=RECIPES)
     size = f"{BATCH} x {_SHARED['n_ctx']}"
-    parser.add_argument("--steps", type=int, default=STEPS, help=f"of {size} tokens (default: %(default)s)")
+    parser.add_argument("--steps", type=int, help=f"of {size} tokens (default: the recipe's)")
     parser.add_argument("--run", type=Path, help="folder of checkpoint and log (default: runs/NAME)")
     parser.add_argument("--out", type=Path, help="folder of the finished model (default: the shipped one)")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--seed", type=int, default=0)
     asked = parser.parse_args()
     run, out = asked.run or Path("runs") / asked.name, asked.out or ZOO / asked.name
-    model = train(asked.name, asked.steps, run, asked.device, asked.seed)
+    model = train(asked.name, asked.steps or RECIPES[asked.name].steps, run, asked.device, asked.seed)
     save_pretrained(model.cpu(), out)
     shutil.copy(run / "log.jsonl", out / "log.jsonl")
     print(f"Saved to {out}. Measure it and write its card with: python -m gemmascope.zoo.evaluate {out}")
