@@ -8,8 +8,8 @@
     code     short functions that use only the variables they have defined
 
 A document starts with <bos> and belongs to one domain. Documents of all domains are packed one after another into
-windows of `n_ctx` tokens: attention may look back across a <bos>, and a window's last document is cut off. A batch is a
-function of (seed, step), so a run that resumes at a step sees what an uninterrupted run sees.
+windows of `n_ctx` tokens: attention may look back across a <bos>, and a window's last document is cut off. The stream
+of batches has no end and no state: each is a function of seed, step and phase of the curriculum.
 
 Where the generator knows it (gifts, facts, mini-languages), each token carries its floor: -log p(token | domain, the
 document so far) in nats, the price a perfect model pays. A document's first token has none: it depends on the mixture.
@@ -427,7 +427,7 @@ class Corpus:
         return Document(ids, [math.nan] * len(ids), copied)
 
     def batch(self, step: int, batch: int, n_ctx: int, phase: Phase = PHASES[0]) -> Batch:
-        """Batch number `step` of this seed's stream."""
+        """Batch number `step` of this seed's stream, in a phase of the curriculum."""
         rng = random.Random(f"{self.seed}/{step}")
         rows = [self._window(rng, n_ctx, phase) for _ in range(batch)]
         tokens, domains, floor, copied = zip(*rows, strict=True)

@@ -25,18 +25,20 @@ from gemmascope.zoo.corpus import BOS, DOMAINS, FACTS, LANGUAGES, PHRASINGS, Bat
 
 SEED = 1_000_003
 """Of the held-out documents; training uses small seeds."""
+PAD = 0
 SPAN = 50
 """Length of the repeated span on which induction is measured."""
 
 
 def _next_logits(model: HookedGemma4, prompts: list[list[int]]) -> Float[Tensor, "prompt d_vocab"]:
-    """Logits after the last token of each prompt. Padding goes to the right, where causal attention cannot see it."""
+    """Logits after the last token of each prompt, padded on the right."""
     width = max(map(len, prompts))
     rows = []
     for start in range(0, len(prompts), 64):
         part = prompts[start : start + 64]
-        tokens = torch.tensor([prompt + [0] * (width - len(prompt)) for prompt in part])
-        rows.append(model(tokens)[torch.arange(len(part)), [len(prompt) - 1 for prompt in part]].cpu())
+        tokens = torch.tensor([prompt + [PAD] * (width - len(prompt)) for prompt in part])
+        last = torch.tensor([len(prompt) - 1 for prompt in part])
+        rows.append(model(tokens, attention_mask=tokens != PAD).cpu()[torch.arange(len(part)), last])
     return torch.cat(rows)
 
 
@@ -309,8 +311,8 @@ ones, each shown in {len(PHRASINGS) - 1} of {len(PHRASINGS)} phrasings), four mi
 code-like text. See `gemmascope/zoo/corpus.py`.
 
 ## Recipe
-`python -m gemmascope.zoo.train {name} --steps {last["step"]}`, seed 0: {last["tokens"] / 1e6:.1f} million tokens in
-{last["seconds"] / 60:.0f} minutes on one core of a busy two-core CPU. See `gemmascope/zoo/train.py`.
+`python -m gemmascope.zoo.train {name} --steps {last["step"]} --seed {last["seed"]}`: {last["tokens"] / 1e6:.1f} million
+tokens in {last["seconds"] / 60:.0f} minutes on {last["device"]}. See `gemmascope/zoo/train.py`.
 {_ROUTING if is_moe else ""}
 Each circuit's own curve, on smaller samples than above (all rows are in `log.jsonl`):
 

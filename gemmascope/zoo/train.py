@@ -218,8 +218,8 @@ def train(
 ) -> HookedGemma4:
     """Trains to `steps`, continuing from the run folder's checkpoint if there is one.
 
-    `log.jsonl` gets a line whenever the circuits are measured: step, tokens, seconds, losses, learning rate and what
-    `evaluate(model)` gives.
+    `log.jsonl` gets a line whenever the circuits are measured: seed, device, step, tokens, learning rate, seconds,
+    losses and what `evaluate(model)` gives.
 
     Raises:
         ValueError: if the checkpoint belongs to another model or seed.
@@ -256,7 +256,8 @@ def train(
         if done % 10 == 0:
             bar.set_postfix({k: f"{part.item():.3f}" for k, part in parts.items()})
         if done % EVALUATE_EVERY == 0 or done == steps:
-            line = {"step": done, "tokens": done * batch.tokens.numel(), "lr": recipe.lr * schedule(step, steps)}
+            line = {"seed": seed, "device": str(device), "step": done, "tokens": done * batch.tokens.numel()}
+            line |= {"lr": recipe.lr * schedule(step, steps)}
             line |= {"seconds": round(time.perf_counter() - started)} | {k: part.item() for k, part in parts.items()}
             progress["log"].append(line | evaluate(model))
             log.write_text("".join(json.dumps(line) + "\n" for line in progress["log"]))
