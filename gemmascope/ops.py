@@ -123,8 +123,7 @@ def describe(device: str, dtype: str) -> dict[str, str]:
         return dict.fromkeys(("attention", "patterns", "experts"), why)
     return {
         "attention": (
-            f"torch scaled_dot_product_attention in {dtype}; "
-            "the explicit form in a layer whose scores or pattern a hook writes"
+            "torch scaled_dot_product_attention; the explicit form in a layer whose scores or pattern a hook writes"
         ),
         "patterns": "recomputed in float32 from the cached queries and keys, only for what is asked",
         "experts": "one matrix product an expert that was chosen, over its rows",
