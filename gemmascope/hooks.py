@@ -252,13 +252,13 @@ class WatchedBlock(nn.Module):
     def __init__(self):
         super().__init__()
         self._maybe_watched = False
-        self._points: tuple[nn.Module, ...] = ()
+        self.points: tuple[nn.Module, ...] = ()
 
     def find_points(self) -> None:
         """Called once the model is built, and again when a module was put in the place of a point (an SAE, say)."""
         named = self.named_modules()
-        self._points = tuple(module for name, module in named if name.rpartition(".")[2].startswith("hook_"))
-        for point in self._points:
+        self.points = tuple(module for name, module in named if name.rpartition(".")[2].startswith("hook_"))
+        for point in self.points:
             if isinstance(point, Site):
                 point.on_watch = self._note_watch
         self._maybe_watched = True
@@ -270,7 +270,7 @@ class WatchedBlock(nn.Module):
     def watched(self) -> bool:
         # A registration raises the flag; only the block itself lowers it, after looking.
         if self._maybe_watched:
-            self._maybe_watched = any(watched(point) for point in self._points)
+            self._maybe_watched = any(watched(point) for point in self.points)
         return self._maybe_watched
 
 

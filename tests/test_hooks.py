@@ -347,6 +347,14 @@ def test_hook_that_returns_the_wrong_thing(answer, said):
         model.run_with_hooks(TOKENS, fwd_hooks=[("blocks.1.hook_attn_out", lambda t, hook: 1.0)])
 
 
+def test_hook_past_the_stop_is_refused():
+    model = tiny_model("12B")
+    with pytest.raises(ValueError, match="blocks.4.hook_mlp_out would never run: stop_at_layer=3"):
+        model.run_with_hooks(TOKENS, fwd_hooks=[("blocks.4.hook_mlp_out", lambda t, hook: t)], stop_at_layer=3)
+    _, cache = model.run_with_cache(TOKENS, stop_at_layer=3)  # reading what is there is fine
+    assert ("resid_post", 2) in cache and ("resid_pre", 3) not in cache
+
+
 def test_expert_out_of_range():
     model = tiny_model("26B-A4B")
     with pytest.raises(ValueError, match="experts 0 to 7"):

@@ -429,7 +429,13 @@ class HookedGemma4(LensModel):
             raise ValueError(
                 "stop_at_layer would leave the later layers of past_kv_cache without keys: drop one of the two."
             )
-        return stop + n_layers if stop < 0 else stop
+        stop = stop + n_layers if stop < 0 else stop
+        inert = [point for block in self.blocks[stop:] if block.watched for point in block.points if written(point)]
+        if inert:
+            raise ValueError(
+                f"The hook at {inert[0].name} would never run: stop_at_layer={stop_at_layer} ends before it."
+            )
+        return stop
 
     @staticmethod
     def _loss(logits: Tensor, run: Pass, per_token: bool) -> Tensor:
