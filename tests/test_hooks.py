@@ -10,14 +10,6 @@ N_POS = 11  # past the window of 7
 TOKENS = torch.randint(3, 101, (2, N_POS), generator=torch.Generator().manual_seed(1))
 
 
-def _sites(model) -> list[str]:
-    """Every hook point, in one layer of each geometry (sliding or global, its own keys and values or shared ones)."""
-    layers = {}
-    for number, layer in enumerate(model.cfg.layers):
-        layers.setdefault((layer.kind, layer.kv_source is None), number)
-    return [n for n in model.sites if not n.startswith("blocks.") or int(n.split(".")[1]) in layers.values()]
-
-
 def _other(tensor: torch.Tensor, n_experts: int | None) -> torch.Tensor:
     """Another value for an activation: other experts, or the tensor times noise that no norm undoes."""
     if not tensor.is_floating_point():
@@ -38,9 +30,7 @@ def test_every_site_is_live_and_in_place_equals_returned(architecture):
     def in_place(tensor, hook):
         tensor.copy_(_other(tensor, n_experts))
 
-    names = _sites(model)
-    assert names
-    for name in names:
+    for name in model.sites:
         returned = model.run_with_hooks(TOKENS, fwd_hooks=[(name, lambda t, hook: _other(t, n_experts))])
         edited = model.run_with_hooks(TOKENS, fwd_hooks=[(name, in_place)])
         identity = model.run_with_hooks(TOKENS, fwd_hooks=[(name, lambda t, hook: t)])
