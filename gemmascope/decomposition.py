@@ -266,17 +266,10 @@ class Decomposable(transformer_lens.ActivationCache):
     # Inherited helpers that would be silently wrong here
 
     def get_full_resid_decomposition(self, *args, **kwargs):
-        """Refused: TransformerLens's terms skip the norm after the MLP. Use `decompose(heads=True, experts=True)`."""
+        """Refused: TransformerLens's neuron terms skip the norm after the MLP. Use `decompose(heads=True)`."""
         raise ValueError(
             "TransformerLens's neuron terms skip Gemma 4's post-norms and would not add up; "
             "use cache.decompose(heads=True)."
         )
 
-    def get_neuron_results(self, *args, **kwargs):
-        """Refused, like get_full_resid_decomposition."""
-        raise ValueError(
-            "TransformerLens's neuron terms skip Gemma 4's post-norms and would not add up; "
-            "use cache.decompose(heads=True)."
-        )
-
-    stack_neuron_results = get_neuron_results
+    get_neuron_results = stack_neuron_results = get_full_resid_decomposition

@@ -167,18 +167,13 @@ class Site(HookPoint):
     def __init__(self):
         super().__init__()
         self.on_watch: Callable[[], None] | None = None
-        self._reader_ids: set[int] = set()
 
     def forward(self, x: Tensor) -> Tensor:
         # A write must not reach another holder of the memory (a cache, the skip path), nor a tensor autograd needs.
         return x.clone() if written(self) else x
 
     def add_hook(self, hook: Callable, dir: str = "fwd", **kwargs) -> LensHandle:
-        reads = isinstance(hook, Reader)
-        handle = super().add_hook(hook if reads else _checked(hook, self, dir), dir=dir, **kwargs)
-        if reads:
-            self._reader_ids.add(handle.hook.id)
-        return handle
+        return super().add_hook(hook if isinstance(hook, Reader) else _checked(hook, self, dir), dir=dir, **kwargs)
 
     # Plain torch hooks are hooks too: the block must hear of them.
     def register_forward_hook(self, *args, **kwargs):
@@ -211,7 +206,8 @@ def written(point: nn.Module) -> bool:
     """Whether a hook may change the tensor, or needs its gradient."""
     if not isinstance(point, Site):
         return True
-    return bool(point._backward_hooks) or any(hook not in point._reader_ids for hook in point._forward_hooks)
+    readers = {handle.hook.id for handle in point.fwd_hooks if isinstance(handle.user_hook, Reader)}
+    return bool(point._backward_hooks) or any(hook not in readers for hook in point._forward_hooks)
 
 
 def _checked(hook: Callable, site: Site, dir: str) -> Callable:
@@ -220,10 +216,8 @@ def _checked(hook: Callable, site: Site, dir: str) -> Callable:
 
     @functools.wraps(hook, assigned=(), updated=())
     def run(tensor: Tensor, hook: HookPoint):
-        if dir == "bwd":
-            tensor = (
-                tensor.clone()
-            )  # autograd hands one gradient to every branch: an edit in place must stay in this one
+        # Autograd hands one gradient to every branch of a sum: an edit in place must stay in this one.
+        tensor = tensor.clone() if dir == "bwd" else tensor
         new = run.__wrapped__(tensor, hook=hook)
         new = new[0] if isinstance(new, tuple) and len(new) == 1 else new
         if new is None:
@@ -286,10 +280,10 @@ class HookedModel(HookedRootModule):
             if isinstance(module, WatchedBlock):
                 module.find_points()
         ours = sites_of(self.cfg)
-        self.sites = {
-            name: ours.get(name, SiteInfo(name, "batch pos feature", "added later")) for name in self.hook_dict
+        added = {
+            name: SiteInfo(name, "batch pos feature", "added later") for name in self.hook_dict if name not in ours
         }
-        self.sites = {name: self.sites[name] for name in [*(n for n in ours if n in self.sites), *self.sites]}
+        self.sites = {name: site for name, site in ours.items() if name in self.hook_dict} | added
 
     def _check_name(self, name: str) -> None:
         """Raises KeyError for a name that is not a live hook point of this model."""

@@ -246,6 +246,11 @@ def test_module_in_the_place_of_a_point():
         assert f"blocks.1.{site}.{name}" in cache and f"blocks.1.{site}" not in cache
         zeroed = model.run_with_hooks(TOKENS, fwd_hooks=[(f"blocks.1.{site}.{name}", lambda t, hook: t * 0)])
         assert not torch.equal(zeroed, changed)
+        assert model(TOKENS, stop_at_layer=1).shape == (
+            2,
+            N_POS,
+            48,
+        )  # it lies past the stop, and is no hook of anyone's
 
 
 def test_reader_before_a_writer_keeps_what_it_saw():

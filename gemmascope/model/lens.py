@@ -15,7 +15,7 @@ from gemmascope.tokenizer import Gemma4Tokenizer
 class LensModel(HookedModel):
     """Satisfies transformer_lens.model_protocol.TransformerLensModelWithWeights.
 
-    A subclass brings the arithmetic, as `_begin` and `_run` (see HookedGemma4).
+    A subclass brings the arithmetic, as `_begin` and `forward` (see HookedGemma4).
     """
 
     tokenizer: Gemma4Tokenizer | None

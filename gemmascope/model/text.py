@@ -430,11 +430,10 @@ class HookedGemma4(LensModel):
                 "stop_at_layer would leave the later layers of past_kv_cache without keys: drop one of the two."
             )
         stop = stop + n_layers if stop < 0 else stop
-        inert = [point for block in self.blocks[stop:] if block.watched for point in block.points if written(point)]
-        if inert:
-            raise ValueError(
-                f"The hook at {inert[0].name} would never run: stop_at_layer={stop_at_layer} ends before it."
-            )
+        points = (point for block in self.blocks[stop:] if block.watched for point in block.points)
+        inert = next((point for point in points if isinstance(point, Site) and written(point)), None)
+        if inert is not None:
+            raise ValueError(f"The hook at {inert.name} would never run: stop_at_layer={stop_at_layer} ends before it.")
         return stop
 
     @staticmethod
