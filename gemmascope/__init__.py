@@ -20,6 +20,7 @@ _HOME = {
     "Gemma4Config": "gemmascope.config",
     "PRESETS": "gemmascope.config",
     "SITES": "gemmascope.hooks",
+    "OnHeads": "gemmascope.hooks",
     "ActivationCache": "gemmascope.cache",
     "RoutingTrace": "gemmascope.cache",
 }

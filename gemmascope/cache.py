@@ -63,6 +63,7 @@ class ActivationCache(Decomposable):
         self._positions = Slice.unwrap(pos_slice)
         self._changed = changed
         self._padding = padding
+        self._lse: dict[int, Tensor] = {}
 
     # What is in it
 
@@ -157,6 +158,17 @@ class ActivationCache(Decomposable):
             return False
         return self.cache_dict[k].shape[-3] == mask.n_keys
 
+    def _qk(self, layer: int, wanted: str) -> tuple[Tensor, Tensor]:
+        """Queries and keys after rope, with their batch axis."""
+        source = self.model.layer(layer).kv_source
+        q, k = self["rot_q", layer], self["rot_k", layer if source is None else source]
+        if not self._has_every_key(layer):
+            raise KeyError(
+                f"{wanted} cannot be recomputed: this cache does not hold every key (pos_slice, or a past_kv_cache); "
+                "name the scores or the pattern in names_filter."
+            )
+        return (q, k) if self.has_batch_dim else (q[None], k[None])
+
     def attn_scores(
         self, layer: int, heads: int | list[int] | None = None, rows: slice | list[int] | None = None
     ) -> Float[Tensor, "*batch head row key"]:
@@ -169,16 +181,9 @@ class ActivationCache(Decomposable):
         if name in self.cache_dict:
             return self._part(self.cache_dict[name], heads, rows)
         self._refuse_if_changed(name)
-        geometry = self.model.layer(layer)
-        q, k = self["rot_q", layer], self["rot_k", layer if geometry.kv_source is None else geometry.kv_source]
-        if not self._has_every_key(layer):
-            raise KeyError(
-                f"{name} cannot be recomputed: this cache does not hold every key (pos_slice, or a past_kv_cache); "
-                "name the scores or the pattern in names_filter."
-            )
-        q, k = (q, k) if self.has_batch_dim else (q[None], k[None])
+        q, k = self._qk(layer, name)
         rows = slice(None) if rows is None else rows
-        q, visible = q[:, rows], self._masks[geometry.kind].rows(rows).to(q.device)
+        q, visible = q[:, rows], self._masks[self.model.layer(layer).kind].rows(rows).to(q.device)
         if heads is not None:
             group = q.shape[2] // k.shape[2]
             chosen = [range(q.shape[2])[head] for head in ([heads] if isinstance(heads, int) else heads)]
@@ -204,6 +209,64 @@ class ActivationCache(Decomposable):
     def _part(stored: Tensor, heads: int | list[int] | None, rows: slice | list[int] | None) -> Tensor:
         stored = stored if rows is None else stored[..., rows, :]
         return stored if heads is None else stored[..., heads, :, :]
+
+    # Read-outs of a pattern that is never built. They equal the same function of `pattern(layer)`.
+
+    def attention_pool(
+        self, layer: int, block: int, reduce: str = "mean"
+    ) -> Float[Tensor, "*batch head query_block key_block"]:
+        """The pattern of every head in square blocks, their "mean" or "max": a map of a prompt of any length."""
+        return self._read(ops.attention_pool, layer, block, reduce)
+
+    def attention_colsum(self, layer: int) -> Float[Tensor, "*batch head key"]:
+        """How much attention each key gets, summed over queries."""
+        return self._read(ops.attention_colsum, layer)
+
+    def attention_topk(
+        self, layer: int, n: int
+    ) -> tuple[Float[Tensor, "*batch head query n"], Int[Tensor, "*batch head query n"]]:
+        """The n keys each query attends to most, and how much: (values, indices); 0 and -1 where it sees fewer."""
+        return self._read(ops.attention_topk, layer, n)
+
+    def attention_entropy(self, layer: int) -> Float[Tensor, "*batch head query"]:
+        """The entropy of each row of attention, in nats."""
+        return self._read(ops.attention_entropy, layer)
+
+    def attention_by_source(
+        self, layer: int, source: Int[Tensor, "*prompt key"], n_sources: int
+    ) -> Float[Tensor, "*batch query head source d_head"]:
+        """z split by groups of keys, which `source` numbers from 0; the parts sum to z."""
+        number = source.to(self.model.cfg.device)
+        number = number if number.ndim == 2 else number[None]
+        geometry = self.model.layer(layer)
+        layer = range(self.model.cfg.n_layers)[layer]
+        v = self["attn.hook_v_normed", layer if geometry.kv_source is None else geometry.kv_source]
+        v = v if self.has_batch_dim else v[None]
+        q, k, lse, mask = self._qk_lse(layer)
+        parts = ops.attention_by_source(q, k, v.to(q.device), lse, mask, number, n_sources)
+        return parts if self.has_batch_dim else parts[0]
+
+    def _read(self, readout, layer: int, *rest):
+        found = readout(*self._qk_lse(layer), *rest)
+        if self.has_batch_dim:
+            return found
+        return tuple(part[0] for part in found) if isinstance(found, tuple) else found[0]
+
+    def _qk_lse(self, layer: int) -> tuple[Tensor, Tensor, Tensor, ops.Mask]:
+        """The cached queries and keys of a layer, each row's normaliser, and the mask."""
+        layer = range(self.model.cfg.n_layers)[layer]
+        name = f"blocks.{layer}.attn.hook_pattern"
+        if name in self._changed:
+            raise KeyError(
+                f"{name} had a hook that may have changed it, and read-outs come from queries and keys: "
+                "name it in names_filter and take them from the tensor."
+            )
+        q, k = self._qk(layer, name)
+        mask = self._masks[self.model.layer(layer).kind]
+        q, k = (x.to(mask.device) for x in (q, k))
+        if layer not in self._lse:  # keys in place of values: z is thrown away
+            self._lse[layer] = ops.attention(q, k, k, mask)[1]
+        return q, k, self._lse[layer], mask
 
     # Routing
 

@@ -69,6 +69,15 @@ class KVCache:
             held[:, self.length : end] = new
         return tuple(held[:, :end] for held in self._kv[layer])
 
+    def key_width(self, layer: int) -> int | None:
+        """The columns of the keys it holds of a layer, None while it holds none."""
+        return self._kv[layer][0].shape[-1] if layer in self._kv else None
+
+    def rewrite_keys(self, layer: int, keys_of: Callable[[Tensor, Tensor], Tensor]) -> None:
+        """Puts other keys in place of those of a layer, as computed from its keys and values."""
+        k, v = self._kv[layer]
+        self._kv[layer] = keys_of(k, v), v
+
     def advance(self, n_new: int, mask: Tensor | None = None) -> None:
         """Called once all layers have appended. `mask` [batch, length + n_new] is False on padding."""
         self.length, self.mask = self.length + n_new, mask

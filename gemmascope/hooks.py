@@ -10,6 +10,7 @@ The points are TransformerLens's (`HookPoint`, `HookedRootModule`), with three a
 
 import difflib
 import functools
+import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -161,19 +162,53 @@ class Reader:
         self.store(hook.name + self.suffix, tensor.detach().clone() if written(hook) else tensor.detach())
 
 
+class OnHeads:
+    """A hook on some heads: `hook` gets, and may change, their part of any tensor that has heads, in the order given.
+
+    On hook_attn_scores and hook_pattern, only these heads then leave the fused path: a hook without it needs all.
+    """
+
+    def __init__(self, heads: int | Sequence[int], hook: Callable):
+        self.heads = [heads] if isinstance(heads, int) else list(heads)
+        self.hook = hook
+        if not self.heads or min(self.heads) < 0 or len(set(self.heads)) < len(self.heads):
+            raise ValueError(f"OnHeads takes different heads counted from 0, at least one, and {heads} came.")
+
+    def __call__(self, tensor: Tensor, hook: HookPoint) -> Tensor:
+        template = re.sub(r"\.\d+\.", ".{l}.", hook.name, count=1)
+        axes = next((site.axes.split() for site in SITES if site.name == template), [])
+        axis = next((axes.index(name) for name in ("head", "kv_head") if name in axes), None)
+        if axis is None:
+            raise ValueError(f"{hook.name} has no heads: give the hook itself, without OnHeads.")
+        there = list(range(tensor.shape[axis])) if hook.heads is None else hook.heads
+        missing = [head for head in self.heads if head not in there]
+        if missing:
+            raise ValueError(f"{hook.name} has no head {missing[0]}; it has heads 0 to {tensor.shape[axis] - 1}.")
+        index = torch.tensor([there.index(head) for head in self.heads], device=tensor.device)
+        part = tensor.index_select(axis, index)
+        new = self.hook(part, hook=hook)
+        return tensor.index_copy(axis, index, part if new is None else new)
+
+
 class Site(HookPoint):
     """A TransformerLens HookPoint whose writes are safe and checked."""
 
     def __init__(self):
         super().__init__()
         self.on_watch: Callable[[], None] | None = None
+        self.heads: list[int] | None = None
+        """The heads that the tensor at hand is of, where only those are computed; None for all."""
 
     def forward(self, x: Tensor) -> Tensor:
         # A write must not reach another holder of the memory (a cache, the skip path), nor a tensor autograd needs.
         return x.clone() if written(self) else x
 
     def add_hook(self, hook: Callable, dir: str = "fwd", **kwargs) -> LensHandle:
-        return super().add_hook(hook if isinstance(hook, Reader) else _checked(hook, self, dir), dir=dir, **kwargs)
+        if isinstance(hook, OnHeads):
+            hook = OnHeads(hook.heads, _checked(hook.hook, self, dir))
+        elif not isinstance(hook, Reader):
+            hook = _checked(hook, self, dir)
+        return super().add_hook(hook, dir=dir, **kwargs)
 
     # Plain torch hooks are hooks too: the block must hear of them.
     def register_forward_hook(self, *args, **kwargs):
@@ -210,6 +245,22 @@ def written(point: nn.Module) -> bool:
     return bool(point._backward_hooks) or any(hook not in readers for hook in point._forward_hooks)
 
 
+def heads_touched(*points: nn.Module) -> list[int] | None:
+    """The heads to which all hooks of these points are confined, or None when one of them takes every head."""
+    heads = set()
+    for point in points:
+        if not isinstance(point, Site):
+            return None
+        handles = (*point.fwd_hooks, *point.bwd_hooks)
+        if len(handles) < len(point._forward_hooks) + len(point._backward_hooks):
+            return None  # a plain torch hook
+        for handle in handles:
+            if not isinstance(handle.user_hook, OnHeads):
+                return None
+            heads.update(handle.user_hook.heads)
+    return sorted(heads)
+
+
 def _checked(hook: Callable, site: Site, dir: str) -> Callable:
     """The user's hook, its answer checked against the tensor it was given."""
     name = getattr(hook, "__name__", None) or type(hook).__name__
@@ -238,6 +289,22 @@ def _checked(hook: Callable, site: Site, dir: str) -> Callable:
         return new
 
     return run
+
+
+def untouched(module: nn.Module, kind: type) -> bool:
+    """Whether a module is what the model put there, without plain torch hooks: then a fused line may pass it by."""
+    return type(module) is kind and not (
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+class Part(nn.Module):
+    """A part of a block that has hook points."""
+
+    @property
+    def shown(self) -> bool:
+        """Whether one of its own points has a hook."""
+        return any(watched(module) for name, module in self._modules.items() if name.startswith("hook_"))
 
 
 class WatchedBlock(nn.Module):

@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 
 from gemmascope.config import PRESETS, Gemma4Config
-from gemmascope.model.text import HookedGemma4, RMSNorm
+from gemmascope.model.norms import RMSNorm
+from gemmascope.model.text import HookedGemma4
+from gemmascope.weights import hf_name
 
 ARCHITECTURES = tuple(name.removeprefix("google/gemma-4-") for name in PRESETS)
 """E2B, E4B, 12B, 26B-A4B, 31B."""
@@ -63,3 +65,20 @@ def tiny_model(architecture: str, seed: int = 0, **changes) -> HookedGemma4:
                 if name.endswith(("q_norm", "k_norm")):
                     module.weight *= module.weight.numel() ** -0.25  # scores of standard deviation 1, the scale being 1
     return model.eval()
+
+
+def transformers_twin(
+    model: HookedGemma4, dtype: torch.dtype = torch.float32, attention: str = "eager", experts: str = "eager"
+):
+    """transformers' own Gemma 4 with the weights of `model`, by one of its implementations of attention and experts."""
+    from transformers import Gemma4ForCausalLM, Gemma4TextConfig
+
+    ours = ("architectures", "model_type", "dtype")
+    raw = {key: value for key, value in model.cfg.to_hf().items() if key not in ours}
+    cfg = Gemma4TextConfig(**raw, attn_implementation=attention, experts_implementation=experts)
+    twin = Gemma4ForCausalLM(cfg).eval()
+    weights = {f"model.{hf_name(name)}": tensor for name, tensor in model.state_dict().items()}
+    keys = twin.load_state_dict(weights, strict=False)
+    assert not keys.unexpected_keys and set(keys.missing_keys) <= {"lm_head.weight"}, keys
+    twin.tie_weights()
+    return twin.to(dtype)

@@ -16,6 +16,9 @@ os.environ["PYTHONPATH"] = os.pathsep.join(str(Path(__file__).parents[1] / place
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton kernels run on the CPU, slowly, for their arithmetic
+
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:

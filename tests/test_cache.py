@@ -1,5 +1,7 @@
 """What a cache holds, what it recomputes, and that its decompositions add up."""
 
+import functools
+
 import pytest
 import torch
 
@@ -48,6 +50,37 @@ def test_pattern_of_some_heads_and_rows_costs_and_equals_that_part(monkeypatch):
     torch.testing.assert_close(cache.pattern(-4, heads=1), whole[:, 1])
     torch.testing.assert_close(cache.pattern(2, rows=[5]), whole[:, :, [5]])
     torch.testing.assert_close(whole.sum(-1), torch.ones(2, 4, N_POS))
+
+
+@pytest.mark.parametrize("architecture", ["26B-A4B", "E2B"])
+@pytest.mark.parametrize("remove_batch_dim", [False, True])
+def test_read_outs_equal_the_same_function_of_the_pattern(architecture, remove_batch_dim):
+    model = tiny_model(architecture)
+    tokens, mask = (TOKENS[1:], None) if remove_batch_dim else (TOKENS, torch.ones_like(TOKENS))
+    if mask is not None:
+        mask[1, :4] = 0
+    _, cache = model.run_with_cache(tokens, attention_mask=mask, remove_batch_dim=remove_batch_dim)
+    close = functools.partial(torch.testing.assert_close, rtol=1e-5, atol=1e-5)
+    for layer in range(model.cfg.n_layers):
+        pattern = cache["pattern", layer]
+        close(cache.attention_colsum(layer), pattern.sum(-2))
+        close(cache.attention_entropy(layer), -torch.xlogy(pattern, pattern).sum(-1))
+        values, keys = cache.attention_topk(layer, 2)
+        close(values, pattern.topk(2).values)
+        close(pattern.gather(-1, keys.clamp(min=0)) * (keys >= 0), values)
+        close(cache.attention_pool(layer, 4, "max")[..., 1, 0], pattern[..., 4:8, :4].amax((-2, -1)))
+        close(cache.attention_pool(layer, 4)[..., 1, 0], pattern[..., 4:8, :4].mean((-2, -1)))
+        source = torch.arange(N_POS) * 2 // N_POS
+        close(cache.attention_by_source(layer, source, 2).sum(-2), cache["z", layer])
+
+
+def test_read_outs_of_a_pattern_that_a_hook_changed_are_refused():
+    model = tiny_model("12B")
+    with model.hooks(fwd_hooks=[("blocks.1.attn.hook_pattern", lambda t, hook: t / 2)]):
+        _, cache = model.run_with_cache(TOKENS)
+    cache.attention_entropy(0)
+    with pytest.raises(KeyError, match="read-outs come from queries and keys"):
+        cache.attention_entropy(1)
 
 
 def test_changed_pattern_is_what_the_cache_holds():

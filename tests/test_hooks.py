@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import gemmascope as gs
 from gemmascope.hooks import SITES, sites_of
 from gemmascope.testing import ARCHITECTURES, tiny_config, tiny_model
 
@@ -123,6 +124,40 @@ def test_reading_a_pattern_keeps_the_fused_path_and_writing_it_does_not(monkeypa
     assert len(calls) == n_layers
     model.run_with_hooks(TOKENS, fwd_hooks=[("blocks.3.attn.hook_pattern", lambda t, hook: t)])
     assert len(calls) == 2 * n_layers - 1  # that layer only
+
+
+@pytest.mark.parametrize("site", ["attn.hook_pattern", "attn.hook_attn_scores", "attn.hook_z", "attn.hook_rot_k"])
+def test_hook_on_heads_equals_the_same_edit_of_the_whole_tensor(site):
+    model, name = tiny_model("26B-A4B"), f"blocks.1.{site}"
+    n_heads = 2 if site.endswith("k") else 4
+
+    def scale(tensor, factors):
+        tensor *= torch.tensor(factors).view(-1, *([1] * (tensor.ndim - 1 - list(tensor.shape).index(len(factors), 1))))
+
+    some = gs.OnHeads([1, 0], lambda t, hook: scale(t, [3.0, 2.0]))  # in place, in the order named
+    edited = model.run_with_hooks(TOKENS, fwd_hooks=[(name, some)])
+    whole = model.run_with_hooks(TOKENS, fwd_hooks=[(name, lambda t, hook: scale(t, [2.0, 3.0, 1.0, 1.0][:n_heads]))])
+    torch.testing.assert_close(edited, whole, rtol=1e-5, atol=1e-5)
+    assert (edited - model(TOKENS)).abs().max() > 1e-4
+
+
+def test_hook_on_heads_costs_those_heads_of_that_layer(monkeypatch):
+    from gemmascope import ops
+
+    model, seen = tiny_model("12B"), []
+    original = ops.attention_scores
+    monkeypatch.setattr(ops, "attention_scores", lambda q, k, mask: seen.append(q.shape[2]) or original(q, k, mask))
+    halve = lambda t, hook: t / 2  # noqa: E731
+    name = "blocks.3.attn.hook_pattern"
+    model.run_with_hooks(TOKENS, fwd_hooks=[(name, gs.OnHeads(2, halve)), (name, gs.OnHeads([0, 2], halve))])
+    model.run_with_hooks(TOKENS, fwd_hooks=[(name, gs.OnHeads(2, halve)), (name, halve)])  # the second takes them all
+    assert seen == [2, model.cfg.n_heads]
+    with pytest.raises(ValueError, match="has no head 4; it has heads 0 to 3"):
+        model.run_with_hooks(TOKENS, fwd_hooks=[("blocks.3.attn.hook_z", gs.OnHeads(4, halve))])
+    with pytest.raises(ValueError, match="hook_resid_mid has no heads"):
+        model.run_with_hooks(TOKENS, fwd_hooks=[("blocks.3.hook_resid_mid", gs.OnHeads(0, halve))])
+    with pytest.raises(ValueError, match="different heads counted from 0"):
+        gs.OnHeads([-1], halve)
 
 
 def test_forced_experts_get_weights_from_the_probabilities():

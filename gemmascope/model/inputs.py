@@ -24,6 +24,8 @@ class Pass:
     ple: Float[Tensor, "batch pos layer d_ple"] | None = None
     kv: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     """Keys and values of the layers that later ones read."""
+    shared_kv: bool = False
+    """Whether K = V layers keep and read their keys' turning columns only (HookedGemma4.shared_kv)."""
     last_only: bool = False
     """Only the last position's logits are wanted, unless a hook looks at the others."""
 
@@ -76,6 +78,11 @@ def prepare(
     return Pass(tokens, mask, rope, masks, past)
 
 
+def _readable(tensor: Tensor) -> bool:
+    """Whether numbers can be looked at now: not on `meta`, nor while torch.compile traces, which would break there."""
+    return not tensor.is_meta and not torch.compiler.is_compiling()
+
+
 def _checked_tokens(cfg: Gemma4Config, tokens) -> Int[Tensor, "batch pos"]:
     if not isinstance(tokens, Tensor):
         raise TypeError(f"The model takes text or a tensor of token ids, not a {type(tokens).__name__}.")
@@ -87,7 +94,7 @@ def _checked_tokens(cfg: Gemma4Config, tokens) -> Int[Tensor, "batch pos"]:
     tokens = tokens[None] if tokens.ndim == 1 else tokens
     if tokens.numel() == 0:
         raise ValueError("The prompt is empty: give at least one token (BOS alone will do).")
-    if not tokens.is_meta:
+    if _readable(tokens):
         low, high = int(tokens.min()), int(tokens.max())
         if low < 0 or high >= cfg.d_vocab:
             raise ValueError(
@@ -105,7 +112,7 @@ def _mask(
         if earlier is not None:  # what was padding stays padding
             return torch.cat((earlier, torch.ones_like(tokens, dtype=torch.bool)), dim=1)
         at_an_end = (tokens[:, 0] == cfg.pad_token_id) | (tokens[:, -1] == cfg.pad_token_id)
-        if past is None and tokens.shape[1] > 1 and not tokens.is_meta and at_an_end.any():
+        if past is None and tokens.shape[1] > 1 and _readable(tokens) and at_an_end.any():
             raise ValueError(
                 f"Row {int(at_an_end.nonzero()[0])} of the tokens starts or ends with padding (id {cfg.pad_token_id}) "
                 "and no attention_mask came: pass attention_mask=(tokens != pad_token_id), or a mask of ones."
@@ -116,7 +123,7 @@ def _mask(
             f"attention_mask has shape {list(attention_mask.shape)}; the tokens so far need {[batch, total]}."
         )
     mask = attention_mask.to(tokens.device, torch.bool)
-    return mask if earlier is not None or not mask.all() else None
+    return mask if earlier is not None or not _readable(mask) or not mask.all() else None
 
 
 def _check_blocks(cfg: Gemma4Config, blocks: Tensor, before: int, shape: tuple[int, int]) -> None:

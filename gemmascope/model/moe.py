@@ -7,11 +7,10 @@ is scale-invariant: a norm follows the sum, so only the *relative* weights and *
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from gemmascope import ops
 from gemmascope.config import Gemma4Config
-from gemmascope.hooks import Site, written
+from gemmascope.hooks import Part, Site, untouched, written
 
 Choice = tuple[Int[Tensor, "batch pos slot"], Float[Tensor, "batch pos slot"]]
 
@@ -22,7 +21,7 @@ def drawn(*shape: int) -> nn.Parameter:
     return nn.Parameter(weight if weight.is_meta else weight.normal_(0, 0.02))
 
 
-class Router(nn.Module):
+class Router(Part):
     """1 norm and scale, 2 a logit an expert, 3 softmax over all, 4 the k likeliest, renormalised, times their scale."""
 
     def __init__(self, cfg: Gemma4Config):
@@ -35,19 +34,14 @@ class Router(nn.Module):
         self.hook_indices, self.hook_weights = Site(), Site()
 
     def _input(self, x: Tensor) -> Tensor:
-        normed = (ops.wide(x) / ops.rms(x, self.eps)).type_as(x)
-        return normed * self.scale * x.shape[-1] ** -0.5
-
-    def _weights(self, probs: Tensor, indices: Tensor) -> Tensor:
-        chosen = probs.gather(-1, indices)
-        return chosen / chosen.sum(-1, keepdim=True) * self.per_expert_scale[indices]
+        return ops.rms_norm(x, None, self.eps) * self.scale * x.shape[-1] ** -0.5
 
     def forward(self, x: Float[Tensor, "batch pos d_model"], sites: bool = False) -> Choice:
-        if sites:
+        if (sites and self.shown) or not untouched(self.proj, nn.Linear):
             return self.with_sites(x)
-        probs = ops.wide(self.proj(self._input(x))).softmax(-1)
-        indices = probs.topk(self.k, dim=-1).indices
-        return indices, self._weights(probs, indices)
+        rows, weight = x.flatten(0, -2), self.proj.weight
+        _, indices, weights = ops.route(rows, self.scale, weight, self.per_expert_scale, self.k, self.eps)
+        return indices.unflatten(0, x.shape[:-1]), weights.unflatten(0, x.shape[:-1])
 
     def with_sites(self, x: Float[Tensor, "batch pos d_model"]) -> Choice:
         logits = self.hook_logits(self.proj(self.hook_in(self._input(x))))
@@ -59,10 +53,10 @@ class Router(nn.Module):
                 f"{self.hook_indices.name}: a hook chose expert {int(indices.max())} or {int(indices.min())}; "
                 f"this layer has experts 0 to {n_experts - 1}."
             )
-        return indices, self.hook_weights(self._weights(probs, indices))
+        return indices, self.hook_weights(ops.expert_weights(probs, indices, self.per_expert_scale))
 
 
-class MoE(nn.Module):
+class MoE(Part):
     """1 route, 2 gate and up inside each chosen expert, 3 down, 4 weight and sum over slots."""
 
     def __init__(self, cfg: Gemma4Config):
@@ -77,9 +71,7 @@ class MoE(nn.Module):
         """Every token into each of its experts: two tensors [batch pos slot d_expert]."""
         repeated = x[:, :, None].expand(*indices.shape, -1).flatten(0, 2)
         both = ops.grouped_linear(repeated, indices.flatten(), self.gate_up_proj).unflatten(0, indices.shape)
-        gate, up = both.chunk(2, dim=-1)
-        # Contiguous, because gelu rounds strided memory differently, and a hook's copy of the gate would be contiguous.
-        return gate.contiguous(), up
+        return both.chunk(2, dim=-1)
 
     def down(self, post: Tensor, choice: Choice) -> Tensor:
         """Each slot's weighted output: [batch pos slot d_model]."""
@@ -90,13 +82,14 @@ class MoE(nn.Module):
     def forward(
         self, x: Float[Tensor, "batch pos d_model"], choice: Choice, sites: bool = False
     ) -> Float[Tensor, "batch pos d_model"]:
-        if sites:
+        if sites and self.shown:
             return self.with_sites(x, choice)
-        gate, up = self.gate_up(x, choice[0])
-        return self.down(F.gelu(gate, approximate="tanh") * up, choice).sum(-2)
+        indices, weights = (part.flatten(0, -2) for part in choice)
+        out = ops.experts(x.flatten(0, -2), indices, weights, self.gate_up_proj, self.down_proj)
+        return out.unflatten(0, x.shape[:-1])
 
     def with_sites(self, x: Float[Tensor, "batch pos d_model"], choice: Choice) -> Float[Tensor, "batch pos d_model"]:
         gate, up = self.gate_up(x, choice[0])
         gate, up = self.hook_expert_pre(gate), self.hook_expert_pre_linear(up)
-        post = self.hook_expert_post(F.gelu(gate, approximate="tanh") * up)
+        post = self.hook_expert_post(ops.geglu(gate, up))
         return self.hook_out(self.hook_expert_out(self.down(post, choice)).sum(-2))

@@ -1,0 +1,310 @@
+"""Attention in plain PyTorch, tile by tile: fast on a CPU, and never an S x S buffer. `cpu_readouts` reads from it.
+
+1. `tiles` cuts a call into some queries of some heads, and the keys that those queries see. The query heads that share
+   a kv head are rows of one matrix, so that each tile is a few large matrix products.
+2. Masks act where they differ from "all visible": on the two triangles at the ends of a tile's keys, on knocked-out
+   boxes, and on whole tiles only where there is padding or an image.
+3. bfloat16 products run at 2 to 4 times the speed of float32 ones, but come out rounded to bfloat16, which is 0.25 off
+   for a score of 100. `product_in_full` asks twice: for the product, then for what the rounding left.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from gemmascope_kernels.mask import Mask
+from gemmascope_kernels.reference import wide
+
+TILE = 1 << 20
+"""Scores in a tile of several heads; above it, a tile has one kv head."""
+MOST = 1 << 22
+"""Scores in a tile of one kv head; above it, a tile has fewer queries."""
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Some queries of some heads, with all the keys that they see. Flat: batch and kv head in one axis, n."""
+
+    batch: slice
+    heads: slice
+    kv_heads: slice
+    flat: slice
+    """The (batch, kv head) pairs, where these two are one axis."""
+    rows: slice
+    keys: slice
+    hidden: list[tuple[slice, Tensor]]
+    """Columns that some row does not see, and what to add there: 0 or -inf, [b|1, row, column]."""
+    cuts: list[tuple[slice, slice, slice, slice]]
+    """Where in [batch, head, row, key] of this tile edges are knocked out."""
+
+    def of_queries(self, x: Tensor) -> Tensor:
+        """x [b, q, H, d] -> [n, group * row, d]."""
+        return self._flat(x[self.batch, self.rows, self.heads])
+
+    def of_keys(self, x: Tensor) -> Tensor:
+        """x [b, s, K, d] -> [n, key, d]."""
+        flat = self._flat(x[self.batch, self.keys, self.kv_heads])
+        # oneDNN's batched bfloat16 product is up to 5 times slower where keys of one head are not side by side.
+        return flat.contiguous() if flat.dtype == torch.bfloat16 and len(flat) > 1 else flat
+
+    def of_rows(self, x: Tensor) -> Tensor:
+        """x [b, H, q] -> [n, group * row, 1]."""
+        return x[self.batch, self.heads, self.rows].reshape(self._n, -1, 1)
+
+    def by_head(self, x: Tensor) -> Tensor:
+        """x [n, group * row, d] -> [batch, head, row, d], a view."""
+        return x.view(-1, self.heads.stop - self.heads.start, self.rows.stop - self.rows.start, x.shape[-1])
+
+    def hide(self, scores: Tensor) -> None:
+        """-inf in place, on flat scores, where a row does not see a key."""
+        scores = self.by_head(scores)
+        for columns, bias in self.hidden:
+            scores[..., columns] += (bias if len(bias) == 1 else bias[self.batch])[:, None]
+
+    def cut(self, x: Tensor, value: float | Tensor) -> None:
+        """Sets flat x to a value (or to one for each row, [n, group * row, 1]) on the edges that are knocked out."""
+        x, values = self.by_head(x), self.by_head(value) if isinstance(value, Tensor) else None
+        for index in self.cuts:
+            x[index] = value if values is None else values[index[:3]]
+
+    @property
+    def _n(self) -> int:
+        return self.flat.stop - self.flat.start
+
+    def _flat(self, x: Tensor) -> Tensor:
+        x = x.unflatten(2, (self.kv_heads.stop - self.kv_heads.start, -1)).permute(0, 2, 3, 1, 4)
+        return x.reshape(self._n, -1, x.shape[-1])
+
+
+def tiles(q: Tensor, k: Tensor, mask: Mask) -> Iterator[Tile]:
+    """The tiles of a call, queries in order."""
+    (batch, n_queries, n_heads, _), (n_keys, n_kv_heads) = q.shape, k.shape[1:3]
+    group, offset = n_heads // n_kv_heads, n_keys - n_queries
+    boxes = [] if mask.knockouts is None else mask.knockouts.tolist()
+    furthest = _image_ends(mask)
+    only_band = mask.key_mask is None and mask.image_blocks is None
+    most_rows = min(128, max(64, 512 // group))
+    geometry, hidden, start = None, [], 0
+    while start < n_queries:
+        seen = min(start + offset + most_rows, (mask.window or n_keys) + most_rows)
+        stop = min(n_queries, start + max(1, min(most_rows, MOST // (group * seen))))
+        rows, positions = slice(start, stop), slice(start + offset, stop + offset)
+        keys = _visible_keys(mask, positions, furthest)
+        new = (stop - start, positions.start - keys.start)
+        if not only_band or new != geometry:  # within a band, one tile is like the next
+            geometry, hidden = new, _hidden(mask, rows, positions, keys, only_band)
+        n = max(1, TILE // (group * (stop - start) * (keys.stop - keys.start)))
+        for i, j in _pairs(batch, n_kv_heads, n):
+            heads = slice(j.start * group, j.stop * group)
+            flat = slice(i.start * n_kv_heads + j.start, (i.stop - 1) * n_kv_heads + j.stop)
+            yield Tile(i, heads, j, flat, rows, keys, hidden, _cuts(boxes, (i, heads, positions, keys)))
+        start = stop
+
+
+def _pairs(batch: int, n_kv_heads: int, n: int) -> Iterator[tuple[slice, slice]]:
+    """(batch, kv head) pairs, n at a time: several batch entries whole, or some heads of one."""
+    entries, heads = max(1, n // n_kv_heads), min(n, n_kv_heads)
+    for i in range(0, batch, entries):
+        for j in range(0, n_kv_heads, heads):
+            yield slice(i, min(i + entries, batch)), slice(j, min(j + heads, n_kv_heads))
+
+
+def _image_ends(mask: Mask) -> Tensor | None:
+    """For each position, the key after the last one of its image (in any batch entry), or after itself: [key]."""
+    if mask.image_blocks is None:
+        return None
+    images = mask.image_blocks.long()
+    after = torch.arange(1, mask.n_keys + 1, device=images.device).expand_as(images)
+    number = images.clamp_min(0)
+    last = after.new_zeros(len(images), int(number.max()) + 1).scatter_reduce(1, number, after, "amax")
+    return torch.where(images < 0, after, last.gather(1, number)).amax(0)
+
+
+def _visible_keys(mask: Mask, positions: slice, furthest: Tensor | None) -> slice:
+    stop = positions.stop
+    if furthest is not None:
+        ahead = mask.n_keys if mask.window is None else stop - 1 + mask.window
+        stop = max(stop, min(int(furthest[positions].max()), ahead))
+    return slice(0 if mask.window is None else max(0, positions.start - mask.window + 1), stop)
+
+
+def _hidden(mask: Mask, rows: slice, positions: slice, keys: slice, only_band: bool) -> list[tuple[slice, Tensor]]:
+    future = (positions.start + 1, keys.stop)
+    past = (keys.start, keys.start if mask.window is None else positions.stop - mask.window)
+    if not only_band:
+        return [(slice(0, keys.stop - keys.start), mask.rows(rows, keys).log())]  # log: True -> 0, False -> -inf
+    ranges = [past, future] if past[1] <= future[0] else [(keys.start, keys.stop)]
+    return [(slice(a - keys.start, b - keys.start), _band(mask, positions, slice(a, b))) for a, b in ranges if a < b]
+
+
+def _band(mask: Mask, positions: slice, keys: slice) -> Tensor:
+    """What `mask.rows` says where there is only a causal or sliding band, 5 times as fast."""
+    everywhere = torch.full(
+        (1, positions.stop - positions.start, keys.stop - keys.start), float("-inf"), device=mask.device
+    )
+    own = positions.start - keys.start  # the column where the first row stands itself
+    future = everywhere.triu(own + 1)
+    return future if mask.window is None else future.add_(everywhere.tril_(own - mask.window))
+
+
+def _cuts(boxes: list[list[list[int]]], tile: tuple[slice, ...]) -> list[tuple[slice, ...]]:
+    """The boxes [start, stop] of each axis where they meet a tile, counted from the tile's start."""
+    cuts = []
+    for box in boxes:
+        overlap = [(max(a, s.start), min(b, s.stop)) for (a, b), s in zip(box, tile, strict=True)]
+        if all(a < b for a, b in overlap):
+            cuts.append(tuple(slice(a - s.start, b - s.start) for (a, b), s in zip(overlap, tile, strict=True)))
+    return cuts
+
+
+# Products
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """a [n, i, j] times b [n, j, k]. With one matrix and few rows, oneDNN's bmm is 10 times slower than its mm."""
+    return torch.mm(a[0], b[0])[None] if len(a) == 1 else torch.bmm(a, b)
+
+
+def add_product(out: Tensor, a: Tensor, b: Tensor, beta: float = 1) -> Tensor:
+    """out = beta * out + a b in place, rounded once."""
+    if len(a) == 1:
+        out[0].addmm_(a[0], b[0], beta=beta)
+        return out
+    return out.baddbmm_(a, b, beta=beta)
+
+
+def product_in_full(a: Tensor, b: Tensor) -> Tensor:
+    """The product in float32, of bfloat16 factors too: what is rounded off is asked for in a second product."""
+    out = product(a, b)
+    if out.dtype != torch.bfloat16:
+        return out
+    full = out.float()
+    return full.add_(add_product(out, a, b, beta=-1))
+
+
+def product_less(a: Tensor, b: Tensor, shift: Tensor) -> Tensor:
+    """a b - shift [n, i, 1] in float32. Of bfloat16 factors, it is the small difference that is rounded."""
+    rough = shift.to(a.dtype)
+    difference = rough.neg().expand(-1, -1, b.shape[-1]).contiguous()
+    add_product(difference, a, b)
+    return difference if a.dtype == shift.dtype else difference.to(shift.dtype).add_(rough - shift)
+
+
+@cache
+def _has_bf16_products() -> bool:
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def operands(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The factors as they are where their dtype has fast products, float32 otherwise."""
+    dtype, device = tensors[0].dtype, tensors[0].device.type
+    fast = dtype == torch.bfloat16 and (device != "cpu" or _has_bf16_products())
+    return tensors if fast else tuple(map(wide, tensors))
+
+
+def scores(q: Tensor, keys: list[Tensor], tile: Tile) -> Tensor:
+    """Flat masked scores of flat q and keys, float32 at least. Of several keys, each meets its columns of q."""
+    total = None
+    for columns, key in zip(q.split([key.shape[-1] for key in keys], dim=-1), keys, strict=True):
+        part = product_in_full(columns, key.transpose(1, 2))
+        total = part if total is None else total.add_(part)
+    tile.hide(total)
+    return total
+
+
+def pattern(q: Tensor, keys: list[Tensor], lse: Tensor, tile: Tile, renormalize: bool) -> Tensor:
+    """exp(score - lse), flat, lse [n, group * row, 1]; with `renormalize`, without the edges that are knocked out."""
+    scored = scores(q, keys, tile)
+    if renormalize:
+        tile.cut(scored, float("-inf"))
+    return scored.sub_(guarded(lse)).exp_()
+
+
+def guarded(lse: Tensor) -> Tensor:
+    """inf for -inf: a row without edges then has the pattern exp(-inf) = 0."""
+    return lse.masked_fill(lse == float("-inf"), float("inf"))
+
+
+# Attention
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Mask, head_gain: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    z = v.new_empty(*q.shape[:3], v.shape[-1])
+    lse = wide(q[:0]).new_empty(q.shape[0], q.shape[2], q.shape[1])
+    for tile in tiles(q, k, mask):
+        queries, key, values = operands(tile.of_queries(q), tile.of_keys(k), tile.of_keys(v))
+        scored = scores(queries, _meet(q, key, values), tile)
+        if mask.renormalize:
+            tile.cut(scored, float("-inf"))
+        weights, normaliser = _softmax(scored, may_be_empty=mask.renormalize and bool(tile.cuts))
+        if not mask.renormalize:
+            tile.cut(weights, 0)
+        mix = product(weights.to(values.dtype), values)
+        lse[tile.batch, tile.heads, tile.rows] = tile.by_head(normaliser)[..., 0]
+        z[tile.batch, tile.rows, tile.heads] = tile.by_head(mix).transpose(1, 2)
+    return (z if head_gain is None else z.mul_(head_gain[:, None, :, None])), lse
+
+
+def _meet(q: Tensor, key: Tensor, values: Tensor) -> list[Tensor]:
+    """What the columns of q meet, in order: the values too, in the K = V form."""
+    return [key] if q.shape[-1] == key.shape[-1] else [key, values]
+
+
+def _softmax(scored: Tensor, may_be_empty: bool) -> tuple[Tensor, Tensor]:
+    """The softmax of each row, and its lse. PyTorch's is one pass in cache, so lse comes from the largest weight."""
+    top, weights = scored.amax(-1, keepdim=True), scored.softmax(-1)
+    normaliser = top - weights.amax(-1, keepdim=True).log_()
+    if may_be_empty:
+        empty = top == float("-inf")
+        return weights.masked_fill_(empty, 0), normaliser.masked_fill_(empty, float("-inf"))
+    return weights, normaliser
+
+
+def attention_backward(
+    dz: Tensor, dlse: Tensor, z: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Mask
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk and dv, of an attention without head_gain.
+
+    P = exp(s - lse) and dP = dz v^T give dS = P * (dP - delta), delta = sum(dz * z) - dlse; an edge cut without
+    renormalising has dP = 0, and sends no value.
+    """
+    dq = torch.empty_like(q)
+    dk, dv = zeros_by_head(k), zeros_by_head(v)
+    for tile in tiles(q, k, mask):
+        queries, dmix, key, values = operands(tile.of_queries(q), tile.of_queries(dz), tile.of_keys(k), tile.of_keys(v))
+        met = _meet(q, key, values)
+        weights = pattern(queries, met, tile.of_rows(lse), tile, mask.renormalize)
+        delta = (wide(dmix) * wide(tile.of_queries(z))).sum(-1, keepdim=True) - tile.of_rows(dlse)
+        slope = product_less(dmix, values.transpose(1, 2), delta)
+        kept = weights.to(values.dtype, copy=True)
+        if not mask.renormalize:
+            tile.cut(slope, -delta)
+            tile.cut(kept, 0)
+        slope = slope.mul_(weights).to(values.dtype)
+        dq_tile = torch.cat([product(slope, part) for part in met], dim=-1)
+        dq[tile.batch, tile.rows, tile.heads] = tile.by_head(dq_tile).transpose(1, 2)
+        for total, part in zip((dk, dv), queries.split([part.shape[-1] for part in met], dim=-1), strict=False):
+            accumulate(total[tile.flat, tile.keys], slope.transpose(1, 2), part)
+        accumulate(dv[tile.flat, tile.keys], kept.transpose(1, 2), dmix)
+    return dq, as_keys(dk, k), as_keys(dv, v)
+
+
+def zeros_by_head(x: Tensor) -> Tensor:
+    """Zeros to add gradients of x [b, s, K, d] to, flat: [b * K, s, d], float32 at least."""
+    return wide(x[:0]).new_zeros(x.shape[0] * x.shape[2], x.shape[1], x.shape[3])
+
+
+def as_keys(total: Tensor, x: Tensor) -> Tensor:
+    """What was added up flat, in the shape and dtype of x."""
+    return total.unflatten(0, (x.shape[0], x.shape[2])).transpose(1, 2).to(x.dtype)
+
+
+def accumulate(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a b in place."""
+    if total.dtype == a.dtype:
+        add_product(total, a, b)
+    else:
+        total += product(a, b)

@@ -1,0 +1,158 @@
+"""Experts in plain PyTorch, fast on a CPU: what `reference.py` means, in fewer passes over memory.
+
+With few rows an expert's work is reading its weights, so these are read where they lie, once: the rows are sorted by
+expert, taken through, and put back. A run with hooks calls the pieces instead, `grouped_linear`, `geglu` and
+`grouped_linear`, and has the same bits.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from gemmascope_kernels.reference import wide
+
+GATHERED = 2**18
+"""Bytes of weights up to which copying every row's matrix costs less than sorting the rows."""
+GROUPED = 2**20
+"""Bytes of one matrix up to which a call costs more than its product, so that torch's own loop over experts is better."""
+COMPANY = 15
+"""Spare rows after the last: a product of 5 to 15 rows is faster as one of 16, whatever the others hold."""
+
+
+def grouped_linear(x: Tensor, expert: Tensor, weight: Tensor) -> Tensor:
+    """See `reference.grouped_linear`."""
+    if _way(len(x), weight) == "gather":
+        return torch.bmm(weight[expert], x[..., None]).squeeze(-1)
+    order = expert.argsort(stable=True)
+    out = _through(_taken(x, order), expert.bincount(minlength=len(weight)), weight)
+    return _large(len(x), weight.shape[1], like=x).index_copy_(0, order, out[: len(x)])
+
+
+def geglu(gate: Tensor, up: Tensor) -> Tensor:
+    """gelu(gate) * up, with the same bits wherever an element stands.
+
+    torch rounds the few elements after the last full vector differently, and every thread has a last vector. They get
+    company, which is dropped.
+    """
+    flat = gate.reshape(-1)
+    company = -len(flat) % (64 * torch.get_num_threads())
+    gelu = F.gelu(F.pad(flat, (0, company)) if company else flat, approximate="tanh")
+    return gelu[: len(flat)].view(gate.shape) * up
+
+
+def experts(
+    x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, slot_gain: Tensor | None = None
+) -> Tensor:
+    """See `reference.experts`."""
+    (n, k), d = indices.shape, down.shape[1]
+    said, place = _said(x, indices, gate_up, down)
+    weights = weights if slot_gain is None else weights * slot_gain
+    out = x.new_empty(n, d)
+    step = max(1, 2**21 // (k * d))  # as many tokens as stay in the cache
+    for start in range(0, n, step):
+        here = slice(start, start + step)
+        slots = said.index_select(0, place[here].reshape(-1)).view(-1, k, d)
+        torch.sum(slots.mul_(weights[here, :, None]), 1, out=out[here])
+    return out
+
+
+def expert_slots(
+    x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, slot_gain: Tensor | None = None
+) -> Tensor:
+    """See `reference.expert_slots`."""
+    said, place = _said(x, indices, gate_up, down)
+    weights = weights if slot_gain is None else weights * slot_gain
+    out = _large(place.numel(), down.shape[1], like=x)
+    torch.index_select(said, 0, place.reshape(-1), out=out)
+    return out.view(*place.shape, -1).mul_(weights[..., None])
+
+
+def experts_backward(
+    dout: Tensor, x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, weights, gate_up and down, from that of `experts` [n, d]."""
+    return _backward(dout, torch.div, x, indices, weights, gate_up, down)
+
+
+def expert_slots_backward(
+    dslots: Tensor, x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, weights, gate_up and down, from that of `expert_slots` [n, k, d]."""
+    return _backward(dslots, x, indices, weights, gate_up, down)
+
+
+def _said(x: Tensor, indices: Tensor, gate_up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
+    """What the experts of all slots say, before its weight, in some order; and the place of each slot's: [n, k]."""
+    (n, k), expert = indices.shape, indices.reshape(-1)
+    every, way = torch.arange(n * k, device=x.device), _way(n * k, gate_up)
+    if way == "gather" or way != _way(n * k, down):
+        gate, up = grouped_linear(x.repeat_interleave(k, 0), expert, gate_up).chunk(2, dim=-1)
+        return grouped_linear(geglu(gate, up), expert, down), every.view(n, k)
+    order, counts = expert.argsort(stable=True), expert.bincount(minlength=len(down))
+    gate, up = _through(_taken(x, order // k), counts, gate_up).chunk(2, dim=-1)
+    place = torch.empty_like(order).index_copy_(0, order, every)
+    return _through(geglu(gate, up), counts, down), place.view(n, k)
+
+
+def _way(n_rows: int, weight: Tensor) -> str:
+    """How rows meet their matrices: "gather" those, let torch "group" the rows, or "loop" over experts here."""
+    n_bytes = weight[0].nbytes
+    if n_rows * n_bytes <= GATHERED:
+        return "gather"
+    # What grouped_mm takes, and where it is the faster one.
+    aligned = all(size * weight.element_size() % 16 == 0 for size in weight.shape[1:])
+    taken = weight.dtype == torch.bfloat16 or (weight.dtype == torch.float32 and not weight.is_cuda)
+    return "group" if aligned and taken and (weight.is_cuda or n_bytes <= GROUPED) else "loop"
+
+
+def _needs_gradients(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
+def _taken(x: Tensor, order: Tensor) -> Tensor:
+    """The rows of x in this order, and company."""
+    order = F.pad(order, (0, COMPANY))
+    if _needs_gradients(x):
+        return x.index_select(0, order)
+    out = _large(len(order), x.shape[1], like=x)
+    return torch.index_select(x, 0, order, out=out)
+
+
+def _through(rows: Tensor, counts: Tensor, weight: Tensor) -> Tensor:
+    """Sorted rows, each times its expert's matrix. Company stays company, or is dropped."""
+    if _way(len(rows), weight) == "group":
+        return F.grouped_mm(rows, weight.transpose(1, 2), offs=counts.cumsum(0, dtype=torch.int32))
+    products = _products(rows, counts.tolist(), weight)
+    if _needs_gradients(rows, weight):
+        return torch.cat([product for _, product in products])
+    out = _large(len(rows), weight.shape[1], like=rows)
+    for start, product in products:
+        out[start : start + len(product)] = product
+    return out
+
+
+def _products(rows: Tensor, counts: list[int], weight: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """Where each expert's rows start, and these times its matrix, in the form that reads it fastest.
+
+    As measured with 2 threads of an EPYC (Zen 4): MKL takes few rows one by one, unless they are the columns of the
+    second factor; these should be four at most, or full vectors. oneDNN (bfloat16) is slow with a single row.
+    """
+    start = 0
+    for n, matrix in zip(counts, weight.unbind(), strict=True):
+        if n and (weight.dtype == torch.bfloat16 or n > 64):
+            yield start, rows[start : start + max(n, 2)].mm(matrix.T)[:n]
+        elif n:
+            columns = max(n, 2) if n <= 4 else max(n, 16)
+            yield start, matrix.mm(rows[start : start + columns].T)[:, :n].T
+        start += n
+
+
+def _large(*shape: int, like: Tensor) -> Tensor:
+    """Memory for a result. numpy asks for large pages, which come four times faster than the small ones of torch."""
+    if like.device.type != "cpu":
+        return like.new_empty(shape)
+    n_bytes = like.element_size() * int(np.prod(shape))
+    return torch.from_numpy(np.empty(n_bytes, np.uint8)).view(like.dtype).view(shape)
