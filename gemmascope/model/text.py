@@ -21,13 +21,20 @@ from torch.nn import functional as F
 from gemmascope import ops
 from gemmascope.config import Gemma4Config, LayerGeometry
 from gemmascope.generate import KVCache
-from gemmascope.hooks import Part, Site, WatchedBlock, watched, written
+from gemmascope.hooks import Part, Site, WatchedBlock, untouched, watched, written
 from gemmascope.model.attention import Attention
 from gemmascope.model.inputs import Pass, prepare
 from gemmascope.model.lens import LensModel
 from gemmascope.model.moe import MoE, drawn
 from gemmascope.model.norms import RMSNorm, SiteNorm, Stream, added
 from gemmascope.tokenizer import Gemma4Tokenizer
+
+
+def gated(gate: Tensor, up: Tensor, in_place: bool) -> Tensor:
+    """gelu(gate) * up, in the memory of the gate where that is allowed and autograd does not need it."""
+    if in_place and not torch.is_grad_enabled():
+        return torch.ops.aten.gelu_(gate, approximate="tanh").mul_(up)
+    return F.gelu(gate, approximate="tanh") * up
 
 
 class MLP(Part):
@@ -55,7 +62,8 @@ class MLP(Part):
     def forward(self, x: Stream, sites: bool = False) -> Stream:
         if sites and self.shown:
             return self.with_sites(x)
-        return self.down_proj(F.gelu(self.gate_proj(x), approximate="tanh") * self.up_proj(x))
+        own = untouched(self.gate_proj, nn.Linear)  # nobody else holds what it gives
+        return self.down_proj(gated(self.gate_proj(x), self.up_proj(x), in_place=own))
 
     def with_sites(self, x: Stream) -> Stream:
         gate, up = self.hook_pre(self.gate_proj(x)), self.hook_pre_linear(self.up_proj(x))
@@ -92,7 +100,7 @@ class PLE(Part):
     def forward(self, x: Stream, signal: Tensor, sites: bool = False) -> Stream:
         if sites and self.shown:
             return self.with_sites(x, signal)
-        return self.proj(F.gelu(self.gate(x), approximate="tanh") * signal)
+        return self.proj(gated(self.gate(x), signal, in_place=untouched(self.gate, nn.Linear)))
 
     def with_sites(self, x: Stream, signal: Tensor) -> Stream:
         return self.proj(self.hook_post(F.gelu(self.hook_gate(self.gate(x)), approximate="tanh") * signal))
@@ -235,6 +243,14 @@ class HookedGemma4(LensModel):
         cap = self.cfg.final_softcap
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
+    def _logits(self, x: Stream) -> Float[Tensor, "batch pos d_vocab"]:
+        x, cap = self.unembed(self.ln_final(x, sites=True)), self.cfg.final_softcap
+        if cap is None or torch.is_grad_enabled() or watched(self.hook_unembed) or not untouched(self.unembed, Unembed):
+            x = self.softcap(self.hook_unembed(x))
+        else:
+            x.div_(cap).tanh_().mul_(cap)  # the largest tensor of all: once in memory, not four times
+        return self.hook_logits(x)
+
     # Running
 
     def forward(
@@ -292,7 +308,7 @@ class HookedGemma4(LensModel):
             if return_type is None:
                 return None
             x = x[:, -1:] if run.last_only else x
-        logits = self.hook_logits(self.softcap(self.hook_unembed(self.unembed(self.ln_final(x, sites=True)))))
+        logits = self._logits(x)
         if return_type in ("logits", None):
             return logits if return_type else None
         loss = self._loss(logits, run, loss_per_token)

@@ -183,20 +183,19 @@ def router(device: str, dtype: str, n: int) -> Variants:
 
 
 def random_model(kind: str, dtype: str, device: str = "cpu"):
-    """A random mixture of experts, or edge model, of 30 to 60 M parameters, shaped as 26B-A4B or E2B are."""
+    """A random mixture of experts, or edge model, of 30 to 60 M parameters, in the proportions of 26B-A4B or E2B."""
     from gemmascope.config import PRESETS
     from gemmascope.model.text import HookedGemma4
 
-    sizes: dict[str, Any] = dict(n_layers=6, d_model=512, n_heads=4, d_vocab=8192, n_ctx=8192, window=512)
-    sizes |= dict(d_head_sliding=128, d_head_global=256, n_kv_heads_global=1)
-    if kind == "moe":
-        preset = "google/gemma-4-26B-A4B"
-        sizes |= dict(n_kv_heads_sliding=2, d_mlp_narrow=384, n_experts=32, experts_per_token=4, d_expert=128)
-    else:
-        preset = "google/gemma-4-E2B"
-        sizes |= dict(n_layers=12, n_kv_heads_sliding=1, d_mlp_narrow=1024, d_ple=64, d_vocab_ple=8192)
-        sizes |= dict(n_kv_shared_layers=6)
-    every = 6
+    sizes: dict[str, Any] = dict(n_heads=4, d_vocab=8192, n_ctx=8192, window=512, d_head_sliding=128, d_head_global=256)
+    if kind == "moe":  # an eighth of 26B-A4B's widths, half its experts, one round of its pattern of layers
+        preset, every = "google/gemma-4-26B-A4B", 6
+        sizes |= dict(n_layers=6, d_model=352, d_mlp_narrow=264, n_kv_heads_sliding=2, n_kv_heads_global=1)
+        sizes |= dict(n_experts=64, experts_per_token=8, d_expert=88)
+    else:  # a quarter of E2B's widths, two rounds of its pattern of layers, the second one reading the first's keys
+        preset, every = "google/gemma-4-E2B", 5
+        sizes |= dict(n_layers=10, d_model=384, d_mlp_narrow=1536, n_kv_heads_sliding=1, n_kv_heads_global=1)
+        sizes |= dict(d_ple=64, d_vocab_ple=8192, n_kv_shared_layers=5)
     sizes["layer_kinds"] = tuple(
         "global" if (layer + 1) % every == 0 else "sliding" for layer in range(sizes["n_layers"])
     )

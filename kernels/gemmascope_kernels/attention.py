@@ -230,16 +230,35 @@ def _splits(mask: Mask, n_programs: int, block: int) -> int:
 
 
 @triton.jit
+def _attention_delta_kernel(
+    z,
+    dz,
+    dlse_ptr,
+    delta_ptr,
+    n_queries,
+    BLOCK_Q: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
+    """delta = sum dz z - dlse, of one tile of queries and one head: what every dP of a row has less."""
+    i_query, i_head, i_batch = tl.program_id(0) * BLOCK_Q, tl.program_id(1), tl.program_id(2)
+    o_row, m_row = row_numbers(i_batch, i_head, i_query, tl.num_programs(1), n_queries, 1, BLOCK_Q)
+    b_dz = load_tile(dz, i_batch, i_query, i_head, 0, INTERPRETED)  # [BLOCK_Q, width]
+    b_z = load_tile(z, i_batch, i_query, i_head, 0, INTERPRETED)
+    delta = tl.sum(b_dz.to(tl.float32) * b_z.to(tl.float32), 1)
+    if dlse_ptr is not None:
+        delta -= tl.load(dlse_ptr + o_row, mask=m_row, other=0.0).to(tl.float32)
+    tl.store(delta_ptr + o_row, delta, mask=m_row)
+
+
+@triton.jit
 def _attention_dq_kernel(
     q,
     k,
     k_part,
     v,
-    z,
     dz,
     dq,
     lse_ptr,
-    dlse_ptr,
     delta_ptr,
     edges,
     GROUP: tl.constexpr,
@@ -248,24 +267,19 @@ def _attention_dq_kernel(
     PARTS: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
-    """dQ of one tile of queries and one group of heads, and delta, which dK needs too.
+    """dQ = dS k of one tile of queries, one group of heads and some columns.
 
-    delta = sum dz z - dlse; P = exp(s - lse); dS = P (kept dz v^T - delta); dQ = dS k. FlashAttention-2, algorithm 2.
+    P = exp(s - lse); dS = P (kept dz v^T - delta). FlashAttention-2, algorithm 2.
     """
     i_tile, i_column = tl.program_id(0) // PARTS, tl.program_id(0) % PARTS * dq.block_shape[3]
     i_query = (tl.num_programs(0) // PARTS - 1 - i_tile) * (BLOCK_Q // GROUP)
     i_kv, i_batch = tl.program_id(1), tl.program_id(2)
     i_head, n_heads = i_kv * GROUP, tl.num_programs(1) * GROUP
     o_row, m_row = row_numbers(i_batch, i_head, i_query, n_heads, edges.n_queries, GROUP, BLOCK_Q)
-    b_dz = load_tile(dz, i_batch, i_query, i_head, 0, INTERPRETED)  # [BLOCK_Q, width]
-    b_z = load_tile(z, i_batch, i_query, i_head, 0, INTERPRETED)
-    b_q = load_tile(q, i_batch, i_query, i_head, 0, INTERPRETED)
     b_lse = tl.load(lse_ptr + o_row, mask=m_row, other=0.0)
-    delta = tl.sum(b_dz.to(tl.float32) * b_z.to(tl.float32), 1)
-    if dlse_ptr is not None:
-        delta -= tl.load(dlse_ptr + o_row, mask=m_row, other=0.0).to(tl.float32)
-    tl.store(delta_ptr + o_row, delta, mask=m_row)
-
+    b_delta = tl.load(delta_ptr + o_row, mask=m_row, other=0.0)
+    b_q = load_tile(q, i_batch, i_query, i_head, 0, INTERPRETED)  # [BLOCK_Q, width]
+    b_dz = load_tile(dz, i_batch, i_query, i_head, 0, INTERPRETED)
     tiles = key_tiles(edges, i_batch, i_head, i_query, GROUP, BLOCK_Q, BLOCK_K)
     start, full, full_stop, stop = tiles
     acc = tl.zeros([BLOCK_Q, dq.block_shape[3]], tl.float32)
@@ -282,7 +296,7 @@ def _attention_dq_kernel(
                 log_pattern = tl.where(seen, log_pattern, float("-inf"))
                 if not edges.renormalize:
                     dpattern = tl.where(kept, dpattern, 0.0)
-            dscore = tl.exp2(log_pattern * LOG2E) * (dpattern - delta[:, None])
+            dscore = tl.exp2(log_pattern * LOG2E) * (dpattern - b_delta[:, None])
             acc = tl.dot(dscore.to(b_part.dtype), b_part, acc, input_precision="ieee")
     store_tile(dq, i_batch, i_query, i_head, i_column, acc)
 
@@ -387,6 +401,20 @@ def attention_backward(
     edges, lse = edges_of(mask), lse.contiguous()
     dq, dk, dv, delta = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), lse.new_empty(lse.shape)
 
+    launch(
+        _attention_delta_kernel,
+        (triton.cdiv(n_queries, 16), n_heads, b),
+        z=rows_of(z, 16),
+        dz=rows_of(dz, 16),
+        dlse_ptr=None if dlse is None else dlse.contiguous(),
+        delta_ptr=delta,
+        n_queries=n_queries,
+        BLOCK_Q=16,
+        INTERPRETED=INTERPRETED,
+        num_warps=4,
+        num_stages=1,
+    )
+
     def sizes(kernel: Any) -> tuple[dict[str, int], int, int, int]:
         blocks = blocks_for(kernel, width, q.dtype, n_queries, group)
         return blocks, blocks["BLOCK_Q"] // group, blocks["BLOCK_K"], blocks["PARTS"]
@@ -399,11 +427,9 @@ def attention_backward(
         k=tiles_of(k, keys),
         k_part=None if parts == 1 else tiles_of(k, keys, parts=parts),
         v=tiles_of(v, keys),
-        z=rows_of(z, queries, group),
         dz=rows_of(dz, queries, group),
         dq=tiles_of(dq, queries, group, parts),
         lse_ptr=lse,
-        dlse_ptr=None if dlse is None else dlse.contiguous(),
         delta_ptr=delta,
         edges=edges,
         GROUP=group,

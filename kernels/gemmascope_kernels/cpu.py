@@ -11,6 +11,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +23,10 @@ TILE = 1 << 20
 """Scores in a tile of several heads; above it, a tile has one kv head."""
 MOST = 1 << 22
 """Scores in a tile of one kv head; above it, a tile has fewer queries."""
+SHORT = 1 << 18
+"""Scores in a batch entry; up to here PyTorch's flash kernel is faster: it skips nothing, but it is a single call."""
+SHORT_BACKWARD = {torch.float64: 1 << 16, torch.float32: 1 << 16, torch.bfloat16: 1 << 12}
+"""The same for its backward, of all batch entries."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +90,6 @@ def tiles(q: Tensor, k: Tensor, mask: Mask) -> Iterator[Tile]:
     group, offset = n_heads // n_kv_heads, n_keys - n_queries
     boxes = [] if mask.knockouts is None else mask.knockouts.tolist()
     furthest = _image_ends(mask)
-    only_band = mask.key_mask is None and mask.image_blocks is None
     most_rows = min(128, max(64, 512 // group))
     geometry, hidden, start = None, [], 0
     while start < n_queries:
@@ -94,8 +98,8 @@ def tiles(q: Tensor, k: Tensor, mask: Mask) -> Iterator[Tile]:
         rows, positions = slice(start, stop), slice(start + offset, stop + offset)
         keys = _visible_keys(mask, positions, furthest)
         new = (stop - start, positions.start - keys.start)
-        if not only_band or new != geometry:  # within a band, one tile is like the next
-            geometry, hidden = new, _hidden(mask, rows, positions, keys, only_band)
+        if not _only_band(mask) or new != geometry:  # within a band, one tile is like the next
+            geometry, hidden = new, _hidden(mask, positions, keys)
         n = max(1, TILE // (group * (stop - start) * (keys.stop - keys.start)))
         for i, j in _pairs(batch, n_kv_heads, n):
             heads = slice(j.start * group, j.stop * group)
@@ -131,20 +135,27 @@ def _visible_keys(mask: Mask, positions: slice, furthest: Tensor | None) -> slic
     return slice(0 if mask.window is None else max(0, positions.start - mask.window + 1), stop)
 
 
-def _hidden(mask: Mask, rows: slice, positions: slice, keys: slice, only_band: bool) -> list[tuple[slice, Tensor]]:
+def _hidden(mask: Mask, positions: slice, keys: slice) -> list[tuple[slice, Tensor]]:
+    """The columns of a tile that are not all visible, and their bias."""
     future = (positions.start + 1, keys.stop)
     past = (keys.start, keys.start if mask.window is None else positions.stop - mask.window)
-    if not only_band:
-        return [(slice(0, keys.stop - keys.start), mask.rows(rows, keys).log())]  # log: True -> 0, False -> -inf
-    ranges = [past, future] if past[1] <= future[0] else [(keys.start, keys.stop)]
-    return [(slice(a - keys.start, b - keys.start), _band(mask, positions, slice(a, b))) for a, b in ranges if a < b]
+    apart = _only_band(mask) and past[1] <= future[0]
+    ranges = [past, future] if apart else [(keys.start, keys.stop)]
+    return [(slice(a - keys.start, b - keys.start), _bias(mask, positions, slice(a, b))) for a, b in ranges if a < b]
 
 
-def _band(mask: Mask, positions: slice, keys: slice) -> Tensor:
-    """What `mask.rows` says where there is only a causal or sliding band, 5 times as fast."""
-    everywhere = torch.full(
-        (1, positions.stop - positions.start, keys.stop - keys.start), float("-inf"), device=mask.device
-    )
+def _only_band(mask: Mask) -> bool:
+    return mask.key_mask is None and mask.image_blocks is None
+
+
+def _bias(mask: Mask, positions: slice, keys: slice) -> Tensor:
+    """0 where the query at a position sees a key, -inf where it does not: [b|1, position, key]."""
+    if not _only_band(mask):
+        offset = mask.n_keys - mask.n_queries
+        return mask.rows(slice(positions.start - offset, positions.stop - offset), keys).log()
+    # The same for a causal or sliding band, 5 times as fast.
+    shape = (1, positions.stop - positions.start, keys.stop - keys.start)
+    everywhere = torch.full(shape, float("-inf"), device=mask.device)
     own = positions.start - keys.start  # the column where the first row stands itself
     future = everywhere.triu(own + 1)
     return future if mask.window is None else future.add_(everywhere.tril_(own - mask.window))
@@ -232,6 +243,9 @@ def guarded(lse: Tensor) -> Tensor:
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Mask, head_gain: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    if _flash_can(q, k, v, mask) and q.shape[2] * mask.n_queries * mask.n_keys <= SHORT:
+        z, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*_by_head(q, k, v), **_short(q, mask))
+        return _gained(z.transpose(1, 2), head_gain), lse
     z = v.new_empty(*q.shape[:3], v.shape[-1])
     lse = wide(q[:0]).new_empty(q.shape[0], q.shape[2], q.shape[1])
     for tile in tiles(q, k, mask):
@@ -245,7 +259,31 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Mask, head_gain: Tensor | N
         mix = product(weights.to(values.dtype), values)
         lse[tile.batch, tile.heads, tile.rows] = tile.by_head(normaliser)[..., 0]
         z[tile.batch, tile.rows, tile.heads] = tile.by_head(mix).transpose(1, 2)
-    return (z if head_gain is None else z.mul_(head_gain[:, None, :, None])), lse
+    return _gained(z, head_gain), lse
+
+
+def _gained(z: Tensor, head_gain: Tensor | None) -> Tensor:
+    return z if head_gain is None else z.mul_(head_gain[:, None, :, None])
+
+
+def _flash_can(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> bool:
+    """Whether the flash kernel takes a call, and is not slow at it: one bfloat16 query makes it slow."""
+    width = q.shape[-1]
+    one = q.dtype == torch.bfloat16 and mask.n_queries == 1 and width >= 128
+    same = width == k.shape[-1] == v.shape[-1]
+    return q.device.type == "cpu" and mask.knockouts is None and same and not one and q.numel() > 0
+
+
+def _short(q: Tensor, mask: Mask) -> dict[str, Any]:
+    """The mask of a short call, as the flash kernel takes it."""
+    if mask.plain and mask.n_queries in (1, mask.n_keys):
+        return {"is_causal": mask.n_queries > 1, "scale": 1.0}
+    bias = _bias(mask, slice(mask.n_keys - mask.n_queries, mask.n_keys), slice(0, mask.n_keys))
+    return {"is_causal": False, "attn_mask": bias[:, None].to(q.dtype), "scale": 1.0}
+
+
+def _by_head(*tensors: Tensor) -> list[Tensor]:
+    return [x.transpose(1, 2) for x in tensors]
 
 
 def _meet(q: Tensor, key: Tensor, values: Tensor) -> list[Tensor]:
@@ -271,6 +309,10 @@ def attention_backward(
     P = exp(s - lse) and dP = dz v^T give dS = P * (dP - delta), delta = sum(dz * z) - dlse; an edge cut without
     renormalising has dP = 0, and sends no value.
     """
+    short = q.shape[0] * q.shape[2] * mask.n_queries * mask.n_keys <= SHORT_BACKWARD.get(q.dtype, 0)
+    if short and _flash_can(q, k, v, mask) and not dlse.any():
+        backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+        return tuple(_by_head(*backward(*_by_head(dz, q, k, v, z), lse, 0.0, **_short(q, mask))))
     dq = torch.empty_like(q)
     dk, dv = zeros_by_head(k), zeros_by_head(v)
     for tile in tiles(q, k, mask):

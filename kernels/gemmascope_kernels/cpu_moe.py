@@ -5,6 +5,7 @@ expert, taken through, and put back. A run with hooks calls the pieces instead, 
 `grouped_linear`, and has the same bits.
 """
 
+import math
 from collections.abc import Iterator
 
 import numpy as np
@@ -14,20 +15,21 @@ from torch.nn import functional as F
 
 from gemmascope_kernels.reference import wide
 
-GATHERED = 2**18
+GATHERED = {torch.bfloat16: 2**18, torch.float32: 2**17}
 """Bytes of weights up to which copying every row's matrix costs less than sorting the rows."""
 GROUPED = 2**20
-"""Bytes of one matrix up to which a call costs more than its product, so that torch's own loop over experts is better."""
+"""Bytes of one matrix up to which a call costs more than its product: torch's own loop over experts is better there."""
 COMPANY = 15
 """Spare rows after the last: a product of 5 to 15 rows is faster as one of 16, whatever the others hold."""
 
 
 def grouped_linear(x: Tensor, expert: Tensor, weight: Tensor) -> Tensor:
     """See `reference.grouped_linear`."""
-    if _way(len(x), weight) == "gather":
+    way = _way(len(x), weight)
+    if way == "gather":
         return torch.bmm(weight[expert], x[..., None]).squeeze(-1)
     order = expert.argsort(stable=True)
-    out = _through(_taken(x, order), expert.bincount(minlength=len(weight)), weight)
+    out = _through(_taken(x, order, way), _counts(expert, len(weight), way), weight, way)
     return _large(len(x), weight.shape[1], like=x).index_copy_(0, order, out[: len(x)])
 
 
@@ -73,15 +75,39 @@ def expert_slots(
 def experts_backward(
     dout: Tensor, x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, weights, gate_up and down, from that of `experts` [n, d]."""
-    return _backward(dout, torch.div, x, indices, weights, gate_up, down)
+    """Gradients of x, weights, gate_up and down, from that of `experts`, [n, d]."""
+    return expert_slots_backward(dout[:, None].expand(*indices.shape, -1), x, indices, weights, gate_up, down)
 
 
 def expert_slots_backward(
     dslots: Tensor, x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, weights, gate_up and down, from that of `expert_slots` [n, k, d]."""
-    return _backward(dslots, x, indices, weights, gate_up, down)
+    """Gradients of x, weights, gate_up and down, from that of `expert_slots`, [n, k, d].
+
+    For a slot of weight w, with post = gelu(gate) * up, out = down post and dpost = down^T dslot:
+    dw = dout . out = dpost . post, so that `out` is not needed again; all else has its gradient times w.
+    """
+    k, expert = indices.shape[1], indices.reshape(-1)
+    counts = expert.bincount(minlength=len(down)).tolist()
+    dx, dweights = wide(x).new_zeros(x.shape), weights.new_empty(weights.shape)
+    dgate_up, ddown = (_large(*matrices.shape, like=matrices) for matrices in (gate_up, down))
+    for number, slots in enumerate(expert.argsort(stable=True).split(counts)):
+        if not len(slots):
+            dgate_up[number], ddown[number] = 0, 0
+            continue
+        token, slot = slots // k, slots % k
+        rows, dout, weight = x[token], dslots[token, slot], weights[token, slot, None]
+        gate, up = rows.mm(gate_up[number].T).chunk(2, dim=-1)
+        gelu = F.gelu(gate, approximate="tanh")
+        post, dpost = gelu * up, dout.mm(down[number])
+        dweights[token, slot] = (wide(dpost) * post).sum(-1).to(weights.dtype)
+        torch.mm((dout * weight).type_as(x).T, post, out=ddown[number])
+        dpost = (dpost * weight).type_as(x)
+        dgate = torch.ops.aten.gelu_backward(dpost * up, gate, approximate="tanh")
+        dboth = torch.cat((dgate, dpost * gelu), dim=-1)
+        torch.mm(dboth.T, rows, out=dgate_up[number])
+        dx.index_add_(0, token, wide(dboth.mm(gate_up[number])))
+    return dx.type_as(x), dweights, dgate_up, ddown
 
 
 def _said(x: Tensor, indices: Tensor, gate_up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
@@ -91,16 +117,16 @@ def _said(x: Tensor, indices: Tensor, gate_up: Tensor, down: Tensor) -> tuple[Te
     if way == "gather" or way != _way(n * k, down):
         gate, up = grouped_linear(x.repeat_interleave(k, 0), expert, gate_up).chunk(2, dim=-1)
         return grouped_linear(geglu(gate, up), expert, down), every.view(n, k)
-    order, counts = expert.argsort(stable=True), expert.bincount(minlength=len(down))
-    gate, up = _through(_taken(x, order // k), counts, gate_up).chunk(2, dim=-1)
+    order, counts = expert.argsort(stable=True), _counts(expert, len(down), way)
+    gate, up = _through(_taken(x, order // k, way), counts, gate_up, way).chunk(2, dim=-1)
     place = torch.empty_like(order).index_copy_(0, order, every)
-    return _through(geglu(gate, up), counts, down), place.view(n, k)
+    return _through(geglu(gate, up), counts, down, way), place.view(n, k)
 
 
 def _way(n_rows: int, weight: Tensor) -> str:
     """How rows meet their matrices: "gather" those, let torch "group" the rows, or "loop" over experts here."""
     n_bytes = weight[0].nbytes
-    if n_rows * n_bytes <= GATHERED:
+    if n_rows * n_bytes <= GATHERED.get(weight.dtype, 0):
         return "gather"
     # What grouped_mm takes, and where it is the faster one.
     aligned = all(size * weight.element_size() % 16 == 0 for size in weight.shape[1:])
@@ -112,20 +138,26 @@ def _needs_gradients(*tensors: Tensor) -> bool:
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
-def _taken(x: Tensor, order: Tensor) -> Tensor:
-    """The rows of x in this order, and company."""
-    order = F.pad(order, (0, COMPANY))
+def _counts(expert: Tensor, n_experts: int, way: str) -> list[int] | Tensor:
+    """How many rows each expert has, for a loop; where they stop, for grouped_mm."""
+    counts = expert.bincount(minlength=n_experts)
+    return counts.tolist() if way == "loop" else counts.cumsum(0, dtype=torch.int32)
+
+
+def _taken(x: Tensor, order: Tensor, way: str) -> Tensor:
+    """The rows of x in this order, and company for a loop."""
+    order = F.pad(order, (0, COMPANY)) if way == "loop" else order
     if _needs_gradients(x):
         return x.index_select(0, order)
     out = _large(len(order), x.shape[1], like=x)
     return torch.index_select(x, 0, order, out=out)
 
 
-def _through(rows: Tensor, counts: Tensor, weight: Tensor) -> Tensor:
+def _through(rows: Tensor, counts: list[int] | Tensor, weight: Tensor, way: str) -> Tensor:
     """Sorted rows, each times its expert's matrix. Company stays company, or is dropped."""
-    if _way(len(rows), weight) == "group":
-        return F.grouped_mm(rows, weight.transpose(1, 2), offs=counts.cumsum(0, dtype=torch.int32))
-    products = _products(rows, counts.tolist(), weight)
+    if way == "group":
+        return F.grouped_mm(rows, weight.transpose(1, 2), offs=counts)
+    products = _products(rows, counts, weight)
     if _needs_gradients(rows, weight):
         return torch.cat([product for _, product in products])
     out = _large(len(rows), weight.shape[1], like=rows)
@@ -152,7 +184,7 @@ def _products(rows: Tensor, counts: list[int], weight: Tensor) -> Iterator[tuple
 
 def _large(*shape: int, like: Tensor) -> Tensor:
     """Memory for a result. numpy asks for large pages, which come four times faster than the small ones of torch."""
-    if like.device.type != "cpu":
+    n_bytes = like.element_size() * math.prod(shape)
+    if like.device.type != "cpu" or n_bytes < 2**22:
         return like.new_empty(shape)
-    n_bytes = like.element_size() * int(np.prod(shape))
     return torch.from_numpy(np.empty(n_bytes, np.uint8)).view(like.dtype).view(shape)
