@@ -23,13 +23,13 @@ from gemmascope_kernels.edges import (
     blocks_for,
     edge_tile,
     edges_of,
+    group_of,
     key_tiles,
     load_tile,
     query_tiles,
     row_numbers,
     rows_of,
     store_tile,
-    taken,
     tile_edges,
     tiles_of,
 )
@@ -47,7 +47,7 @@ LARGEST_SPLIT = 64
 # Forward
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["n_splits"])
 def _attention_kernel(
     q,
     q_turning,
@@ -165,11 +165,11 @@ def _attention_join_kernel(
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Mask, head_gain: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """See `reference.attention`."""
-    group = taken("attention", q, k)
+    group = group_of("attention", q, k)
     b, n_queries, n_heads, q_width = q.shape
     n_kv, width = k.shape[2], v.shape[-1]
     turning = q_width - width if q_width != k.shape[-1] else 0
-    blocks = blocks_for(_attention_kernel, q_width, q.dtype, n_queries, group)
+    blocks = blocks_for(_attention_kernel, q_width, q.dtype, n_queries * group, group)
     blocks |= {"PARTS": 1} if turning else {}  # its scores need all columns of v
     queries, parts = blocks["BLOCK_Q"] // group, blocks["PARTS"]
     n_tiles = triton.cdiv(n_queries, queries)
@@ -393,7 +393,7 @@ def attention_backward(
     dz: Tensor, dlse: Tensor | None, z: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Mask
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of q, k and v, from those of z (without head_gain) and lse."""
-    group = taken("attention_backward", q, k)
+    group = group_of("attention_backward", q, k)
     if q.shape[-1] != k.shape[-1]:
         raise NotImplementedError("attention_backward: q is wider than k (the K = V form), which has no kernel yet.")
     b, n_queries, n_heads, width = q.shape
@@ -416,7 +416,7 @@ def attention_backward(
     )
 
     def sizes(kernel: Any) -> tuple[dict[str, int], int, int, int]:
-        blocks = blocks_for(kernel, width, q.dtype, n_queries, group)
+        blocks = blocks_for(kernel, width, q.dtype, n_queries * group, group)
         return blocks, blocks["BLOCK_Q"] // group, blocks["BLOCK_K"], blocks["PARTS"]
 
     blocks, queries, keys, parts = sizes(_attention_dq_kernel)

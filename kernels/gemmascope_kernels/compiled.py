@@ -203,8 +203,8 @@ class Compiled:
         return self.error is None and self.shared <= SHARED_LIMIT
 
 
-def compiled(cases: Iterable[Case] = CASES) -> Iterator[Compiled]:
-    """Compiles every distinct kernel that the cases launch. A kernel or case that fails has `error` set."""
+def compiled(cases: Iterable[Case] = CASES, only: str | None = None) -> Iterator[Compiled]:
+    """Compiles every distinct kernel that the cases launch, or the one kernel named. What fails has `error` set."""
     if INTERPRETED:
         raise RuntimeError("TRITON_INTERPRET is set, which replaces the compiler: unset it to compile kernels.")
     found: dict[str, tuple[Compiled, Any, Any]] = {}
@@ -218,6 +218,8 @@ def compiled(cases: Iterable[Case] = CASES) -> Iterator[Compiled]:
             yield Compiled("-", [case.name], {}, 0, 0, error=f"{type(error).__name__}: {error}")
             continue
         for kernel, _, arguments in launches:
+            if only not in (None, kernel.__name__):
+                continue
             source, options = _source(kernel, arguments)
             known = found.setdefault(
                 source.hash() + options.hash(),

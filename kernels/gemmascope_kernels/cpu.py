@@ -271,7 +271,7 @@ def _flash_can(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> bool:
     width = q.shape[-1]
     one = q.dtype == torch.bfloat16 and mask.n_queries == 1 and width >= 128
     same = width == k.shape[-1] == v.shape[-1]
-    return q.device.type == "cpu" and mask.knockouts is None and same and not one and q.numel() > 0
+    return q.device.type == "cpu" and mask.knockouts is None and same and q.numel() > 0
 
 
 def _short(q: Tensor, mask: Mask) -> dict[str, Any]:

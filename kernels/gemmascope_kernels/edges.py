@@ -211,7 +211,7 @@ def edge_tile(i, tiles):
 # Tiles, and memory
 
 
-def taken(op: str, q: Tensor, k: Tensor) -> int:
+def group_of(op: str, q: Tensor, k: Tensor) -> int:
     """The number of query heads that share a kv head, where kernels take these inputs.
 
     Raises:
@@ -260,19 +260,21 @@ def tiles_of(x: Tensor, positions: int, heads: int = 1, parts: int = 1) -> Rows 
     steps = [stride * x.itemsize for stride, size in zip(x.stride()[:-1], x.shape, strict=False) if size > 1]
     if x.stride(-1) != 1 or x.data_ptr() % 16 or any(step % 16 or not step for step in steps):
         x = x.contiguous()
-    if x.shape[-1] * x.itemsize % 16:
-        raise NotImplementedError(f"A head is {x.shape[-1]} wide in {x.dtype}; the kernel takes multiples of 16 bytes.")
-    return TensorDescriptor.from_tensor(x, [1, positions, heads, padded(x.shape[-1]) // parts])
+    width = x.shape[-1]
+    if width * x.itemsize % 16:
+        raise NotImplementedError(f"A head is {width} wide in {x.dtype}; the kernel takes multiples of 16 bytes.")
+    strides = [stride if size > 1 else width for stride, size in zip(x.stride()[:-1], x.shape, strict=False)]
+    return TensorDescriptor(x, list(x.shape), [*strides, 1], [1, positions, heads, padded(width) // parts])
 
 
 def padded(width: int) -> int:
     """Columns of a tile that holds a width: a power of two, and enough for a tensor core."""
-    return max(16, triton.next_power_of_2(width))
+    return max(16, 1 << (width - 1).bit_length())
 
 
-def blocks_for(kernel: Any, width: int, dtype: torch.dtype, n_queries: int, group: int) -> dict[str, int]:
-    """The kernel's tile, by how many rows there are, with room for one position's group of heads."""
-    blocks = tile(kernel.__name__, width=width, dtype=dtype, size=n_queries * group)
+def blocks_for(kernel: Any, width: int, dtype: torch.dtype, size: int, group: int) -> dict[str, int]:
+    """The kernel's tile, with room for one position's group of heads; `size` is how many rows there are."""
+    blocks = tile(kernel.__name__, width=width, dtype=dtype, size=size)
     return blocks | {"BLOCK_Q": max(blocks["BLOCK_Q"], group)}
 
 

@@ -16,13 +16,13 @@ from gemmascope_kernels.edges import (
     blocks_for,
     edges_of,
     existing_edges,
+    group_of,
     key_tiles,
     load_at,
     load_tile,
     query_tiles,
     row_numbers,
     rows_of,
-    taken,
     tile_edges,
     tiles_of,
 )
@@ -81,6 +81,36 @@ def pattern_tile(
     return pattern_where(kept, tl.dot(b_q, tl.trans(b_k), input_precision="ieee"), b_lse[:, None])
 
 
+@triton.jit
+def gathered_pattern(
+    q,
+    k,
+    lse_ptr,
+    edges,
+    i_batch,
+    i_head,
+    n_heads,
+    b_query,
+    b_key,
+    queries,
+    keys,
+    GROUP: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
+    """P of one head at any queries and keys; n_queries or n_keys stands for none.
+
+    queries and keys are the first and last, queries counted as keys are.
+    """
+    b_q = load_at(q, i_batch, b_query, i_head, INTERPRETED)  # [query, width]
+    b_k = load_at(k, i_batch, b_key, i_head // GROUP, INTERPRETED)  # [key, width]
+    o_lse = (tl.cast(i_batch, tl.int64) * n_heads + i_head) * edges.n_queries + b_query
+    b_lse = tl.load(lse_ptr + o_lse, mask=b_query < edges.n_queries, other=0.0)
+    o_query = (edges.n_keys - edges.n_queries + b_query)[:, None]
+    seen, kept = existing_edges(edges, i_batch, i_head, o_query, b_key[None, :], (i_head, i_head), queries, keys)
+    pattern, log_pattern = pattern_where(kept, tl.dot(b_q, tl.trans(b_k), input_precision="ieee"), b_lse[:, None])
+    return pattern
+
+
 # Some of the pattern itself
 
 
@@ -119,23 +149,12 @@ def _attention_tiles_kernel(
     o_row, o_key = i_row + tl.arange(0, BLOCK_Q), i_key + tl.arange(0, BLOCK_K)
     b_query = chosen(rows_ptr, o_row, n_chosen_rows, edges.n_queries)
     b_key = chosen(keys_ptr, o_key, n_chosen_keys, edges.n_keys)
-    b_q = load_at(q, i_batch, b_query, i_head, INTERPRETED)  # [BLOCK_Q, width]
-    b_k = load_at(k, i_batch, b_key, i_head // GROUP, INTERPRETED)  # [BLOCK_K, width]
-    o_lse = (tl.cast(i_batch, tl.int64) * n_heads + i_head) * edges.n_queries + b_query
-    b_lse = tl.load(lse_ptr + o_lse, mask=b_query < edges.n_queries, other=0.0)
-    b_query += edges.n_keys - edges.n_queries
-    seen, kept = existing_edges(
-        edges,
-        i_batch,
-        i_head,
-        b_query[:, None],
-        b_key[None, :],
-        (i_head, i_head),
-        (tl.min(b_query), tl.max(b_query)),
-        (tl.min(b_key), tl.max(b_key)),
+    before = edges.n_keys - edges.n_queries
+    queries = before + tl.min(b_query), before + tl.max(b_query)
+    keys = tl.min(b_key), tl.max(b_key)
+    pattern = gathered_pattern(
+        q, k, lse_ptr, edges, i_batch, i_head, n_heads, b_query, b_key, queries, keys, GROUP, INTERPRETED
     )
-    score = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")
-    pattern, log_pattern = pattern_where(kept, score, b_lse[:, None])
     o_out = (tl.cast(i_batch, tl.int64) * tl.num_programs(1) + i_chosen) * n_chosen_rows + o_row
     m_out = (o_row < n_chosen_rows)[:, None] & (o_key < n_chosen_keys)[None, :]
     tl.store(out_ptr + o_out[:, None] * n_chosen_keys + o_key[None, :], pattern, mask=m_out)
@@ -151,7 +170,7 @@ def attention_tiles(
     keys: Tensor | None = None,
 ) -> Tensor:
     """See `reference.attention_tiles`."""
-    group = taken("attention_tiles", q, k)
+    group = group_of("attention_tiles", q, k)
     b, n_queries, n_heads, width = q.shape
     whole = (n_heads, n_queries, k.shape[1])
     sizes = [n if some is None else len(some) for n, some in zip(whole, (heads, rows, keys), strict=True)]
@@ -208,15 +227,18 @@ def _attention_pool_kernel(
     CELLS: tl.constexpr = BLOCK // STEP
     STEPS: tl.constexpr = (CELL + STEP - 1) // STEP
     i_cell, i_head, i_batch = tl.program_id(0) * CELLS, tl.program_id(1), tl.program_id(2)
+    n_heads = tl.num_programs(1)
     o = tl.arange(0, BLOCK)
     before = edges.n_keys - edges.n_queries
-    first, last = before + i_cell * CELL, tl.minimum(before + (i_cell + CELLS) * CELL, edges.n_keys) - 1
-    start, stop = 0, last + 1  # the keys that may be seen
+    queries = before + i_cell * CELL, tl.minimum(before + (i_cell + CELLS) * CELL, edges.n_keys) - 1
+    start, stop = 0, queries[1] + 1  # the keys that may be seen
     if edges.image_blocks is not None:
         stop = edges.n_keys
     if edges.window is not None:
-        start, stop = tl.maximum(first - edges.window + 1, 0), tl.minimum(stop, last + edges.window)
+        start = tl.maximum(queries[0] - edges.window + 1, 0)
+        stop = tl.minimum(stop, queries[1] + edges.window)
     for i in range(start // (CELLS * CELL), tl.cdiv(stop, CELLS * CELL)):
+        keys = i * CELLS * CELL, (i + 1) * CELLS * CELL - 1
         acc = tl.zeros([CELLS, CELLS], tl.float32)
         for i_step in range(STEPS * STEPS):
             inside_q, inside_k = i_step // STEPS * STEP + o % STEP, i_step % STEPS * STEP + o % STEP
@@ -224,23 +246,9 @@ def _attention_pool_kernel(
             o_query = tl.where((inside_q < CELL) & (o_query < edges.n_queries), o_query, edges.n_queries)
             o_key = (i * CELLS + o // STEP) * CELL + inside_k
             o_key = tl.where((inside_k < CELL) & (o_key < edges.n_keys), o_key, edges.n_keys)
-            b_q = load_at(q, i_batch, o_query, i_head, INTERPRETED)  # [BLOCK, width]
-            b_k = load_at(k, i_batch, o_key, i_head // GROUP, INTERPRETED)
-            o_lse = (tl.cast(i_batch, tl.int64) * tl.num_programs(1) + i_head) * edges.n_queries + o_query
-            b_lse = tl.load(lse_ptr + o_lse, mask=o_query < edges.n_queries, other=0.0)
-            i_key = i * CELLS * CELL
-            seen, kept = existing_edges(
-                edges,
-                i_batch,
-                i_head,
-                (before + o_query)[:, None],
-                o_key[None, :],
-                (i_head, i_head),
-                (first, last),
-                (i_key, i_key + CELLS * CELL - 1),
+            pattern = gathered_pattern(
+                q, k, lse_ptr, edges, i_batch, i_head, n_heads, o_query, o_key, queries, keys, GROUP, INTERPRETED
             )
-            score = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")
-            pattern, log_pattern = pattern_where(kept, score, b_lse[:, None])
             cells = tl.reshape(pattern, [CELLS, STEP, CELLS, STEP])
             if MAX:
                 acc = tl.maximum(acc, tl.max(tl.max(cells, 3), 1))
@@ -252,14 +260,14 @@ def _attention_pool_kernel(
             n_columns = tl.minimum(edges.n_keys - o_across * CELL, CELL)
             acc /= tl.maximum(n_rows[:, None] * n_columns[None, :], 1).to(tl.float32)
         n_cells = tl.cdiv(edges.n_queries, CELL)
-        o_out = (tl.cast(i_batch, tl.int64) * tl.num_programs(1) + i_head) * n_cells + o_down
+        o_out = (tl.cast(i_batch, tl.int64) * n_heads + i_head) * n_cells + o_down
         m_out = (o_down < n_cells)[:, None] & (o_across < n_across)[None, :]
         tl.store(out_ptr + o_out[:, None] * n_across + o_across[None, :], acc, mask=m_out)
 
 
 def attention_pool(q: Tensor, k: Tensor, lse: Tensor, mask: Mask, block: int, reduce: str = "mean") -> Tensor:
     """See `reference.attention_pool`."""
-    group = taken("attention_pool", q, k)
+    group = group_of("attention_pool", q, k)
     b, n_queries, n_heads, width = q.shape
     n_down, n_across = triton.cdiv(n_queries, block), triton.cdiv(k.shape[1], block)
     out = lse.new_zeros(b, n_heads, n_down, n_across)  # only what can be seen is visited
@@ -321,7 +329,7 @@ def _attention_colsum_kernel(
 
 def attention_colsum(q: Tensor, k: Tensor, lse: Tensor, mask: Mask) -> Tensor:
     """See `reference.attention_colsum`."""
-    group = taken("attention_colsum", q, k)
+    group = group_of("attention_colsum", q, k)
     b, n_queries, n_heads, width = q.shape
     out = lse.new_empty(b, n_heads, k.shape[1])
     blocks = blocks_for(_attention_colsum_kernel, width, q.dtype, n_queries, 1)
@@ -454,8 +462,9 @@ def _attention_by_source_kernel(
 
 def _by_query(kernel: Any, q: Tensor, k: Tensor, lse: Tensor, mask: Mask, out: Tensor, **rest: Any) -> Tensor:
     """Launches one of these kernels, which fills `out`."""
-    group = taken("attention read-out", q, k)
-    blocks = blocks_for(kernel, q.shape[-1], q.dtype, q.shape[1], group)
+    group = group_of(kernel.__name__.removeprefix("_").removesuffix("_kernel"), q, k)
+    size = rest.get("SLOTS", q.shape[1] * group)  # a row's places are what fills registers
+    blocks = blocks_for(kernel, q.shape[-1], q.dtype, size, group)
     queries = blocks["BLOCK_Q"] // group
     if "v" in rest:
         rest |= {"v": tiles_of(rest["v"], blocks["BLOCK_K"]), "WIDTH": rest["v"].shape[-1]}
