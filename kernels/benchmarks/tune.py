@@ -95,7 +95,9 @@ def _real(arguments: dict[str, Any]) -> dict[str, Any]:
                 value,
                 device=torch.device("cuda"),
                 key_mask=None if value.key_mask is None else torch.ones_like(value.key_mask, device="cuda"),
-                image_blocks=None if value.image_blocks is None else torch.full_like(value.image_blocks, -1, device="cuda"),
+                image_blocks=None
+                if value.image_blocks is None
+                else torch.full_like(value.image_blocks, -1, device="cuda"),
                 knockouts=None if value.knockouts is None else torch.zeros_like(value.knockouts, device="cuda"),
             )
         elif not isinstance(value, torch.Tensor):

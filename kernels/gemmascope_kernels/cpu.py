@@ -23,10 +23,10 @@ TILE = 1 << 20
 """Scores in a tile of several heads; above it, a tile has one kv head."""
 MOST = 1 << 22
 """Scores in a tile of one kv head; above it, a tile has fewer queries."""
-SHORT = 1 << 18
-"""Scores in a batch entry; up to here PyTorch's flash kernel is faster: it skips nothing, but it is a single call."""
-SHORT_BACKWARD = {torch.float64: 1 << 16, torch.float32: 1 << 16, torch.bfloat16: 1 << 12}
-"""The same for its backward, of all batch entries."""
+SHORT = 1 << 25
+"""Multiplications of scores, a batch entry: up to here PyTorch's flash kernel is faster, being a single call."""
+SHORT_BACKWARD = {torch.float64: 1 << 22, torch.float32: 1 << 22, torch.bfloat16: 1 << 18}
+"""The same for its backward, of all batch entries together."""
 
 
 @dataclass(frozen=True)
@@ -93,11 +93,13 @@ def tiles(q: Tensor, k: Tensor, mask: Mask) -> Iterator[Tile]:
     most_rows = min(128, max(64, 512 // group))
     geometry, hidden, start = None, [], 0
     while start < n_queries:
-        seen = min(start + offset + most_rows, (mask.window or n_keys) + most_rows)
-        stop = min(n_queries, start + max(1, min(most_rows, MOST // (group * seen))))
+        seen, n_rows = min(start + offset, mask.window or n_keys) + most_rows, most_rows
+        while n_rows > 1 and group * n_rows * seen > MOST:
+            n_rows //= 2
+        stop = min(n_queries, start + n_rows)
         rows, positions = slice(start, stop), slice(start + offset, stop + offset)
         keys = _visible_keys(mask, positions, furthest)
-        new = (stop - start, positions.start - keys.start)
+        new = (stop - start, positions.start - keys.start, keys.stop - keys.start)
         if not _only_band(mask) or new != geometry:  # within a band, one tile is like the next
             geometry, hidden = new, _hidden(mask, positions, keys)
         n = max(1, TILE // (group * (stop - start) * (keys.stop - keys.start)))
@@ -132,7 +134,15 @@ def _visible_keys(mask: Mask, positions: slice, furthest: Tensor | None) -> slic
     if furthest is not None:
         ahead = mask.n_keys if mask.window is None else stop - 1 + mask.window
         stop = max(stop, min(int(furthest[positions].max()), ahead))
-    return slice(0 if mask.window is None else max(0, positions.start - mask.window + 1), stop)
+    start = 0 if mask.window is None else max(0, positions.start - mask.window + 1)
+    size = stop - start + -(stop - start) % grain(stop - start)  # some of these are hidden
+    return slice(start, min(start + size, mask.n_keys))
+
+
+def grain(n: int) -> int:
+    """Numbers of keys come in multiples of about their eighth: oneDNN compiles a bfloat16 product for every new shape,
+    which takes 1 ms, and keeps it, in up to 0.7 MB."""
+    return max(64, 1 << max(0, n.bit_length() - 4))
 
 
 def _hidden(mask: Mask, positions: slice, keys: slice) -> list[tuple[slice, Tensor]]:
@@ -188,12 +198,34 @@ def add_product(out: Tensor, a: Tensor, b: Tensor, beta: float = 1) -> Tensor:
 
 
 def product_in_full(a: Tensor, b: Tensor) -> Tensor:
-    """The product in float32, of bfloat16 factors too: what is rounded off is asked for in a second product."""
-    out = product(a, b)
-    if out.dtype != torch.bfloat16:
-        return out
-    full = out.float()
-    return full.add_(add_product(out, a, b, beta=-1))
+    """a b, b [n, d, key], in float32, of bfloat16 factors too: what is rounded off is asked for in a second product."""
+    if a.dtype != torch.bfloat16:
+        return product(a, b)
+    whole, rest = _whole(b.shape[-1])
+    parts = []
+    if whole.stop:
+        rounded = product(a, b[..., whole])
+        parts.append(rounded.float())
+        parts[0] += add_product(rounded, a, b[..., whole], beta=-1)
+    if rest.start < rest.stop:
+        parts.append(product(a.float(), b[..., rest].float()))
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+
+
+def mix(weights: Tensor, values: Tensor) -> Tensor:
+    """weights [n, i, key], float32 at least, times values [n, key, d], in the precision of the values."""
+    if values.dtype != torch.bfloat16:
+        return product(weights, values)
+    whole, rest = _whole(values.shape[1])
+    if rest.start == rest.stop:
+        return product(weights.to(values.dtype), values)
+    out = product(weights[..., rest], values[:, rest].float())
+    return out + product(weights[..., whole].to(values.dtype), values[:, whole]) if whole.stop else out
+
+
+def _whole(n: int) -> tuple[slice, slice]:
+    """A round number of keys, and the rest, which grows with each new token: float32 products have no need of both."""
+    return slice(0, n - n % grain(n)), slice(n - n % grain(n), n)
 
 
 def product_less(a: Tensor, b: Tensor, shift: Tensor) -> Tensor:
@@ -243,7 +275,7 @@ def guarded(lse: Tensor) -> Tensor:
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Mask, head_gain: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    if _flash_can(q, k, v, mask) and q.shape[2] * mask.n_queries * mask.n_keys <= SHORT:
+    if _flash_takes(q, k, v, mask) and _flash_is_faster(q, mask):
         z, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*_by_head(q, k, v), **_short(q, mask))
         return _gained(z.transpose(1, 2), head_gain), lse
     z = v.new_empty(*q.shape[:3], v.shape[-1])
@@ -256,9 +288,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Mask, head_gain: Tensor | N
         weights, normaliser = _softmax(scored, may_be_empty=mask.renormalize and bool(tile.cuts))
         if not mask.renormalize:
             tile.cut(weights, 0)
-        mix = product(weights.to(values.dtype), values)
         lse[tile.batch, tile.heads, tile.rows] = tile.by_head(normaliser)[..., 0]
-        z[tile.batch, tile.rows, tile.heads] = tile.by_head(mix).transpose(1, 2)
+        z[tile.batch, tile.rows, tile.heads] = tile.by_head(mix(weights, values)).transpose(1, 2)
     return _gained(z, head_gain), lse
 
 
@@ -266,12 +297,18 @@ def _gained(z: Tensor, head_gain: Tensor | None) -> Tensor:
     return z if head_gain is None else z.mul_(head_gain[:, None, :, None])
 
 
-def _flash_can(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> bool:
-    """Whether the flash kernel takes a call, and is not slow at it: one bfloat16 query makes it slow."""
-    width = q.shape[-1]
-    one = q.dtype == torch.bfloat16 and mask.n_queries == 1 and width >= 128
-    same = width == k.shape[-1] == v.shape[-1]
-    return q.device.type == "cpu" and mask.knockouts is None and same and q.numel() > 0
+def _flash_takes(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> bool:
+    same_width = q.shape[-1] == k.shape[-1] == v.shape[-1]
+    return q.device.type == "cpu" and mask.knockouts is None and same_width and q.numel() > 0
+
+
+def _flash_is_faster(q: Tensor, mask: Mask) -> bool:
+    most = SHORT
+    if mask.n_queries < mask.n_keys:
+        most >>= 3  # here, heads that share a kv head are one matrix however few the queries
+    if mask.n_queries == 1 and q.dtype == torch.bfloat16:
+        most >>= 5  # there, one bfloat16 query is no matrix at all
+    return q[0].numel() * mask.n_keys <= most
 
 
 def _short(q: Tensor, mask: Mask) -> dict[str, Any]:
@@ -309,8 +346,8 @@ def attention_backward(
     P = exp(s - lse) and dP = dz v^T give dS = P * (dP - delta), delta = sum(dz * z) - dlse; an edge cut without
     renormalising has dP = 0, and sends no value.
     """
-    short = q.shape[0] * q.shape[2] * mask.n_queries * mask.n_keys <= SHORT_BACKWARD.get(q.dtype, 0)
-    if short and _flash_can(q, k, v, mask) and not dlse.any():
+    short = q.numel() * mask.n_keys <= SHORT_BACKWARD.get(q.dtype, 0)
+    if short and _flash_takes(q, k, v, mask) and not dlse.any():
         backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
         return tuple(_by_head(*backward(*_by_head(dz, q, k, v, z), lse, 0.0, **_short(q, mask))))
     dq = torch.empty_like(q)
