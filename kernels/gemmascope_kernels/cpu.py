@@ -201,7 +201,7 @@ def product_in_full(a: Tensor, b: Tensor) -> Tensor:
     """a b, b [n, d, key], in float32, of bfloat16 factors too: what is rounded off is asked for in a second product."""
     if a.dtype != torch.bfloat16:
         return product(a, b)
-    whole, rest = _whole(b.shape[-1])
+    whole, rest = _whole(a.shape[1], b.shape[-1])
     parts = []
     if whole.stop:
         rounded = product(a, b[..., whole])
@@ -216,16 +216,18 @@ def mix(weights: Tensor, values: Tensor) -> Tensor:
     """weights [n, i, key], float32 at least, times values [n, key, d], in the precision of the values."""
     if values.dtype != torch.bfloat16:
         return product(weights, values)
-    whole, rest = _whole(values.shape[1])
+    whole, rest = _whole(*weights.shape[1:])
     if rest.start == rest.stop:
         return product(weights.to(values.dtype), values)
     out = product(weights[..., rest], values[:, rest].float())
     return out + product(weights[..., whole].to(values.dtype), values[:, whole]) if whole.stop else out
 
 
-def _whole(n: int) -> tuple[slice, slice]:
-    """A round number of keys, and the rest, which grows with each new token: float32 products have no need of both."""
-    return slice(0, n - n % grain(n)), slice(n - n % grain(n), n)
+def _whole(n_rows: int, n_keys: int) -> tuple[slice, slice]:
+    """All keys, for many rows; for few, as while generating, a round number of them, and the rest, which grows with
+    each token: its products are done in float32, where a new shape costs nothing."""
+    rest = n_keys % grain(n_keys) if n_rows < 64 else 0
+    return slice(0, n_keys - rest), slice(n_keys - rest, n_keys)
 
 
 def product_less(a: Tensor, b: Tensor, shift: Tensor) -> Tensor:
@@ -358,16 +360,18 @@ def attention_backward(
         weights = pattern(queries, met, tile.of_rows(lse), tile, mask.renormalize)
         delta = (wide(dmix) * wide(tile.of_queries(z))).sum(-1, keepdim=True) - tile.of_rows(dlse)
         slope = product_less(dmix, values.transpose(1, 2), delta)
-        kept = weights.to(values.dtype, copy=True)
         if not mask.renormalize:
             tile.cut(slope, -delta)
-            tile.cut(kept, 0)
         slope = slope.mul_(weights).to(values.dtype)
-        dq_tile = torch.cat([product(slope, part) for part in met], dim=-1)
-        dq[tile.batch, tile.rows, tile.heads] = tile.by_head(dq_tile).transpose(1, 2)
-        for total, part in zip((dk, dv), queries.split([part.shape[-1] for part in met], dim=-1), strict=False):
-            accumulate(total[tile.flat, tile.keys], slope.transpose(1, 2), part)
-        accumulate(dv[tile.flat, tile.keys], kept.transpose(1, 2), dmix)
+        if not mask.renormalize:
+            tile.cut(weights, 0)
+        accumulate(dv[tile.flat, tile.keys], weights.to(values.dtype).transpose(1, 2), dmix)
+        stop = 0
+        for part, total in zip(met, (dk, dv), strict=False):
+            start, stop = stop, stop + part.shape[-1]
+            dq_part = tile.by_head(product(slope, part)).transpose(1, 2)
+            dq[tile.batch, tile.rows, tile.heads, start:stop] = dq_part
+            accumulate(total[tile.flat, tile.keys], slope.transpose(1, 2), queries[..., start:stop])
     return dq, as_keys(dk, k), as_keys(dv, v)
 
 
