@@ -1,0 +1,178 @@
+"""What an experiment returns: figures by cell and sample, as a table, a picture, and files that say what was run."""
+
+import hashlib
+import html
+import importlib.metadata
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas
+import torch
+from jaxtyping import Float
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+
+@dataclass
+class Result:
+    """The figures of one experiment. In a notebook it shows its table; `plot()` draws it."""
+
+    experiment: str
+    cells: pandas.DataFrame
+    """What was varied: a row for each cell, a column for each axis ("layer", "head", "pos", ...)."""
+    values: Float[Tensor, "cell sample"]
+    """A figure for each cell and sample (a prompt, most often); NaN in cells that have not run."""
+    unit: str
+    """What a figure is: "logit difference", "accuracy", "nats", ..."""
+    baselines: dict[str, Float[Tensor, " sample"]] = field(default_factory=dict)
+    """The same figure in other runs. With "clean" and "corrupted", the table says how much of their difference a cell
+    recovers: 1 as in the clean run, 0 as in the corrupted one."""
+    about: dict[str, Any] = field(default_factory=dict)
+    """What was run: model, fingerprint, versions, settings."""
+
+    def __post_init__(self) -> None:
+        if len(self.cells) != len(self.values):
+            raise ValueError(f"{len(self.cells)} cells came with figures for {len(self.values)}.")
+
+    @property
+    def axes(self) -> list[str]:
+        """The columns that say which cell a row is."""
+        return list(self.cells.columns)
+
+    @property
+    def done(self) -> Tensor:
+        """Which cells have run: bool [cell]."""
+        return ~self.values.isnan().any(-1)
+
+    @property
+    def mean(self) -> Float[Tensor, " cell"]:
+        """Each cell's figure, the mean over samples."""
+        return self.values.mean(-1)
+
+    @property
+    def recovered(self) -> Float[Tensor, " cell"]:
+        """(mean - corrupted) / (clean - corrupted), of the means over samples."""
+        if not {"clean", "corrupted"} <= self.baselines.keys():
+            raise ValueError(f"This {self.experiment} has no clean and corrupted run to compare with.")
+        clean, corrupted = (self.baselines[name].double().mean() for name in ("clean", "corrupted"))
+        if clean == corrupted:
+            raise ValueError(f"The clean and the corrupted run have the same {self.unit}: there is nothing to recover.")
+        return ((self.mean.double() - corrupted) / (clean - corrupted)).type_as(self.values)
+
+    def interval(self, level: float = 0.95, draws: int = 1000, seed: int = 0) -> Float[Tensor, "2 cell"]:
+        """The bootstrap interval of each cell's mean: samples drawn again with replacement (Efron 1979)."""
+        n = self.values.shape[1]
+        if n < 2:
+            raise ValueError(f"An interval needs two samples at least, and this {self.experiment} has {n}.")
+        generator = torch.Generator().manual_seed(seed)
+        drawn = torch.randint(n, (draws, n), generator=generator)
+        shares = torch.nn.functional.one_hot(drawn, n).sum(1).type_as(self.values) / n
+        tails = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=self.values.dtype)
+        return torch.quantile(self.values @ shares.T, tails, dim=1)
+
+    @property
+    def table(self) -> pandas.DataFrame:
+        """One row a cell: its axes, `value`, `low` and `high` (95 % bootstrap, with two samples or more), `recovered`
+        (with a clean and a corrupted run)."""
+        table = self.cells.assign(value=self.mean.tolist())
+        if self.values.shape[1] > 1 and len(self.cells):
+            low, high = self.interval()
+            table = table.assign(low=low.tolist(), high=high.tolist())
+        clean, corrupted = self.baselines.get("clean"), self.baselines.get("corrupted")
+        if clean is not None and corrupted is not None and clean.mean() != corrupted.mean():
+            table = table.assign(recovered=self.recovered.tolist())
+        return table
+
+    def top(self, n: int = 10) -> pandas.DataFrame:
+        """The rows of the table with the largest effects: the farthest from the corrupted run, where there is one."""
+        table = self.table
+        effect = table.get("recovered", table["value"]).abs()
+        return table.loc[effect.sort_values(ascending=False).index[:n]]
+
+    def __repr__(self) -> str:
+        n_cells, n_samples = self.values.shape
+        missing = n_cells - int(self.done.sum())
+        rest = f", {missing} not run" if missing else ""
+        return f"Result({self.experiment}: {n_cells} cells by {', '.join(self.axes)}, {n_samples} samples{rest})"
+
+    def _repr_html_(self) -> str:
+        return f"<p>{html.escape(repr(self))}</p>{self.table.to_html(max_rows=12, escape=True)}"
+
+    # Pictures
+
+    def plot(self, value: str | None = None):
+        """A plotly figure: bars for one axis, a heatmap for two, a row of heatmaps for three.
+
+        Args:
+            value: the column of the table to draw; "recovered" where there is one, else "value".
+
+        Raises:
+            ValueError: for a column that is not there, or more than three axes.
+        """
+        from gemmascope import plots
+
+        return plots.of_result(self, value)
+
+    # Files
+
+    def save(self, folder: str | Path) -> None:
+        """Writes figures.safetensors and manifest.json into a folder, which is made if it is not there."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {"values": self.values} | {f"baseline.{name}": x for name, x in self.baselines.items()}
+        save_file({name: x.contiguous() for name, x in tensors.items()}, folder / "figures.safetensors")
+        manifest = {
+            "experiment": self.experiment,
+            "unit": self.unit,
+            "cells": {axis: self.cells[axis].tolist() for axis in self.axes},
+            "about": self.about,
+        }
+        (folder / "manifest.json").write_text(json.dumps(manifest, indent=1))
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "Result":
+        """Reads what `save` wrote."""
+        folder = Path(folder)
+        if not (folder / "manifest.json").is_file():
+            raise FileNotFoundError(f"{folder} holds no manifest.json: give a folder that Result.save wrote.")
+        manifest = json.loads((folder / "manifest.json").read_text())
+        tensors = load_file(folder / "figures.safetensors")
+        return cls(
+            experiment=manifest["experiment"],
+            cells=pandas.DataFrame(manifest["cells"]),
+            values=tensors["values"],
+            unit=manifest["unit"],
+            baselines={n.removeprefix("baseline."): x for n, x in tensors.items() if n.startswith("baseline.")},
+            about=manifest["about"],
+        )
+
+
+def about(model, **settings) -> dict[str, Any]:
+    """What a Result says of its making. Settings must be what JSON can hold."""
+    packages = ("gemmascope", "torch", "transformer-lens")
+    return {
+        "model": model.cfg.model_name,
+        "fingerprint": fingerprint(model),
+        "dtype": str(model.cfg.dtype).removeprefix("torch."),
+        "versions": {package: _version(package) for package in packages},
+        "settings": json.loads(json.dumps(settings)),
+    }
+
+
+def _version(package: str) -> str:
+    from gemmascope import __version__
+
+    return __version__ if package == "gemmascope" else importlib.metadata.version(package)
+
+
+def fingerprint(model) -> str:
+    """Sixteen hex digits that change with a model's shape or weights: SHA-256 of 64 entries spread over each tensor."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        flat = tensor.detach().flatten()
+        spread = torch.linspace(0, max(0, flat.numel() - 1), min(64, flat.numel()), dtype=torch.float64).long()
+        sample = flat[spread.to(flat.device)].double().cpu()
+        digest.update(f"{name} {list(tensor.shape)}".encode() + sample.numpy().tobytes())
+    return digest.hexdigest()[:16]
