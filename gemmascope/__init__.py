@@ -30,6 +30,9 @@ _HOME = {
         "save_interventions load_interventions".split(),
         "gemmascope.interventions",
     ),
+    "activation_patching": "gemmascope.experiments.patching",
+    "aligned": "gemmascope.experiments.patching",
+    "sweep": "gemmascope.experiments.sweep",
     **dict.fromkeys("logit logit_difference log_prob prob kl_divergence".split(), "gemmascope.metrics"),
 }
 """Public name -> the module it lives in."""

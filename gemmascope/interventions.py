@@ -95,8 +95,10 @@ class Intervention:
         if "experts" in self.where and chosen is not None:
             self._edit_slots(x, index, chosen)
         elif self.action == "patch":
-            value = self._source(x, site)
-            x[index] = value[tuple(_along(i, size) for i, size in zip(index, value.shape, strict=True))]
+            value, axes = self._source(x, site, offset, growing), site.axes.split()
+            before = [offset if axis in ("pos", "query") else 0 for axis in axes]
+            there = zip(index, before, value.shape, strict=True)
+            x[index] = value[tuple(i + n if size > 1 else torch.zeros_like(i) for i, n, size in there)]
         elif self.action == "force":
             self._force(x, index)
         else:
@@ -112,10 +114,12 @@ class Intervention:
             case _:
                 return part * value
 
-    def _source(self, x: Tensor, site: SiteInfo) -> Tensor:
+    def _source(self, x: Tensor, site: SiteInfo, offset: int, growing: bool) -> Tensor:
         value = self.value.to(x.device, x.dtype)
-        for axis, came, there in zip(site.axes.split(), value.shape, x.shape, strict=True):
-            if came not in (1, there):
+        for axis, came, size in zip(site.axes.split(), value.shape, x.shape, strict=True):
+            along = axis in ("pos", "query")
+            there = size + offset if along else size
+            if came not in (1, there) and not (along and growing):
                 raise ValueError(
                     f"{site.name}: the run to patch from has {came} entries on axis {axis!r} and this one has {there}; "
                     "take both from prompts of one length."
@@ -148,7 +152,11 @@ class Intervention:
         for axis, size in zip(axes, x.shape, strict=True):
             name, part = taken.get(axis, (axis, slice(None)))
             before = offset if axis in ("pos", "query") else 0
-            lists.append(entries(part, size, name, site.name, before, growing and axis in ("pos", "query")))
+            along = axis in ("pos", "query")
+            named = entries(part, size, name, site.name, before, growing and along)
+            if along and self.action == "patch" and self.value.shape[len(lists)] > 1:  # no further than the other run
+                named = [entry for entry in named if entry + before < self.value.shape[len(lists)]]
+            lists.append(named)
         if not all(lists):
             return None
         n = len(lists)
@@ -166,10 +174,6 @@ class Intervention:
         site = self.site if isinstance(self.site, str) else list(self.site)
         value = None if isinstance(self.value, Tensor) else self.value
         return {"site": site, "action": self.action, "where": where, "value": value, "label": self.label}
-
-
-def _along(index: Tensor, size: int) -> Tensor:
-    return torch.zeros_like(index) if size == 1 else index
 
 
 def _shown(part: tuple[int, ...] | slice) -> str:

@@ -28,6 +28,8 @@ class Pass:
     """Whether K = V layers keep and read their keys' turning columns only (HookedGemma4.shared_kv)."""
     last_only: bool = False
     """Only the last position's logits are wanted, unless a hook looks at the others."""
+    start: tuple[int, Float[Tensor, "batch pos d_model"]] | None = None
+    """A layer, and the stream that enters it: the layers before are not run."""
 
 
 def prepare(

@@ -298,10 +298,12 @@ class HookedGemma4(LensModel):
         stop = self._stop(stop_at_layer, run)
         if return_type not in ("logits", "loss", "both", None):
             raise ValueError(f"return_type is {return_type!r}; it is 'logits', 'loss', 'both' or None.")
-        x = self.hook_embed(self.embed(run.tokens) * scale_as(self.embed.weight, self.cfg.d_model))
-        if self.per_layer is not None:
-            run.ple = self.hook_ple_inputs(self.per_layer(run.tokens, x))
-        for block in self.blocks[:stop]:
+        first, x = run.start or (0, None)
+        if x is None:
+            x = self.hook_embed(self.embed(run.tokens) * scale_as(self.embed.weight, self.cfg.d_model))
+            if self.per_layer is not None:
+                run.ple = self.hook_ple_inputs(self.per_layer(run.tokens, x))
+        for block in self.blocks[first:stop]:
             x = block(x, run)
         if run.past is not None:
             run.past.advance(run.tokens.shape[1], run.mask)
