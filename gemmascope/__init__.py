@@ -23,6 +23,15 @@ _HOME = {
     "OnHeads": "gemmascope.hooks",
     "ActivationCache": "gemmascope.cache",
     "RoutingTrace": "gemmascope.cache",
+    "logit_lens": "gemmascope.readout.lens",
+    "TunedLens": "gemmascope.readout.tuned_lens",
+    "direct_logit_attribution": "gemmascope.readout.attribution",
+    "head_table": "gemmascope.readout.heads",
+    "detect_heads": "gemmascope.readout.heads",
+    "repeated_tokens": "gemmascope.readout.heads",
+    "copying_score": "gemmascope.readout.circuits",
+    "ov_scores": "gemmascope.readout.circuits",
+    "qk_scores": "gemmascope.readout.circuits",
 }
 """Public name -> the module it lives in."""
 
