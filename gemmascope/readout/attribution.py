@@ -1,8 +1,8 @@
 """Direct logit attribution: what each part of the model added to one logit, or to a difference of two.
 
 Before the soft cap a logit is linear in the stream once the final norm's scale is frozen, and the stream is the sum
-that `decomposition.py` spells out. So a part's share is the product of what it wrote with one vector, the direction: the
-difference of unembeddings, pulled back through the frozen norms and the later layer scalars to where the part wrote.
+that `decomposition.py` spells out. So a part's share is the product of what it wrote with one vector, the direction:
+the difference of unembeddings, pulled back through the frozen norms and the later scalars to where the part wrote.
 Elhage et al., "A Mathematical Framework for Transformer Circuits" (2021); Gemma 4's post-norms and scalars are
 included, so that the shares add up.
 """
@@ -120,7 +120,11 @@ def _neurons(reading: _Reading) -> Iterator[Part]:
 
 def _expert_neurons(reading: _Reading, layer: int) -> Iterator[Part]:
     """By expert, those that some prompt chose; 0 for the prompts that did not."""
-    reading.at._refuse_if_changed(f"blocks.{layer}.moe.hook_expert_out")
+    if f"blocks.{layer}.moe.hook_expert_out" in reading.whole._changed:
+        raise ValueError(
+            f"A hook may have changed blocks.{layer}.moe.hook_expert_out, so expert neurons no longer add up to it: "
+            "attribute by='expert'."
+        )
     moe, direction = f"blocks.{layer}.moe", reading.experts(layer)
     post, chosen = reading.get(f"{moe}.hook_expert_post"), reading.get(f"{moe}.router.hook_indices")
     weighted = post * reading.get(f"{moe}.router.hook_weights")[..., None]
@@ -195,7 +199,7 @@ def direct_logit_attribution(
 
     Raises:
         ValueError: for an answer that is not one token, a position that is not there, experts of a model that has none,
-            or sources in prompts of different lengths.
+            sources in prompts of different lengths, or neurons of experts whose output a hook changed.
         KeyError: for a cache that lacks an activation, or one that a hook changed without its being cached.
     """
     if by not in _PARTS:
@@ -239,6 +243,7 @@ def _run(model, prompt, by: str, pos: int) -> tuple[ActivationCache, Prompts | N
         index, padded = positions_in(prompts, pos).index[0], prompts.mask is not None
         needed = {f"blocks.{layer}.{part}" for layer in range(model.cfg.n_layers) for part in _NEEDED[by]}
         needed |= {f"blocks.{model.cfg.n_layers - 1}.hook_resid_post", "hook_embed", "ln_final.hook_scale"}
+        needed |= model.changed_expansions()  # what a hook changes cannot be recomputed
         _, cache = model.run_with_cache(
             prompts.tokens,
             attention_mask=prompts.mask,

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import pandas
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from gemmascope import ops
@@ -144,10 +144,10 @@ def _measured(
     model, streams: dict[int, Stream], wanted: Tensor | None, top: int
 ) -> tuple[
     Float[Tensor, "figure layer prompt pos"],
-    Float[Tensor, "layer prompt pos top"],
+    Int[Tensor, "layer prompt pos top"],
     Float[Tensor, "layer prompt pos top"],
 ]:
-    """Log probability and rank of the target, entropy and KL; the likeliest ids (as floats) and their probabilities."""
+    """Log probability and rank of the target, entropy and KL; the likeliest ids and their probabilities."""
     n_prompts, n_pos = streams[-1].shape[:2]
     step = max(1, _BLOCK // (n_prompts * model.cfg.d_vocab))
     blocks = []
@@ -164,7 +164,7 @@ def _measured(
             own = now.gather(-1, target[..., None])
             best, ids = now.topk(top, dim=-1)
             entropy, kl = -(now.exp() * now).sum(-1), (final.exp() * (final - now)).sum(-1)
-            rows.append((torch.stack((own[..., 0], (now > own).sum(-1), entropy, kl)), ids.double(), best.exp()))
+            rows.append((torch.stack((own[..., 0], (now > own).sum(-1), entropy, kl)), ids, best.exp()))
         figures, ids, probs = zip(*rows, strict=True)
         blocks.append((torch.stack(figures, dim=1), torch.stack(ids), torch.stack(probs)))
     figures, ids, probs = zip(*blocks, strict=True)
@@ -177,5 +177,5 @@ def _listed(model, layers: list[int], at: Positions, ids: Tensor, probs: Tensor)
         [layers, range(n_prompts), at.names, range(top)], names=["layer", "prompt", "pos", "rank"]
     )
     table = index.to_frame(index=False)[["prompt", "layer", "pos", "rank"]]
-    flat = ids.flatten().long().tolist()
+    flat = ids.flatten().tolist()
     return table.assign(token=names_of_tokens(model, flat), id=flat, prob=probs.flatten().tolist())
