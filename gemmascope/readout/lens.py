@@ -157,13 +157,14 @@ def _measured(
             return ops.wide(unembedded(model, streams[layer][:, part])).log_softmax(-1)
 
         final = log_probs(max(streams))
+        final_probs = final.exp()
         target = final.argmax(-1) if wanted is None else wanted[:, None].expand(final.shape[:2])
         rows = []
         for layer in streams:
             now = log_probs(layer)
             own = now.gather(-1, target[..., None])
             best, ids = now.topk(top, dim=-1)
-            entropy, kl = -(now.exp() * now).sum(-1), (final.exp() * (final - now)).sum(-1)
+            entropy, kl = -(now.exp() * now).sum(-1), (final_probs * (final - now)).sum(-1)
             rows.append((torch.stack((own[..., 0], (now > own).sum(-1), entropy, kl)), ids, best.exp()))
         figures, ids, probs = zip(*rows, strict=True)
         blocks.append((torch.stack(figures, dim=1), torch.stack(ids), torch.stack(probs)))
