@@ -14,27 +14,25 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-_HOME = {
-    "load": "gemmascope.weights",
-    "HookedGemma4": "gemmascope.model.text",
-    "Gemma4Config": "gemmascope.config",
-    "PRESETS": "gemmascope.config",
-    "SITES": "gemmascope.hooks",
-    "OnHeads": "gemmascope.hooks",
-    "ActivationCache": "gemmascope.cache",
-    "RoutingTrace": "gemmascope.cache",
-    "Result": "gemmascope.results",
-    "Intervention": "gemmascope.interventions",
-    **dict.fromkeys(
-        "zero scale add replace patch mean resample knockout drop_expert force_expert freeze_routing freeze_norms "
-        "save_interventions load_interventions".split(),
-        "gemmascope.interventions",
-    ),
-    "activation_patching": "gemmascope.experiments.patching",
-    "aligned": "gemmascope.experiments.patching",
-    "sweep": "gemmascope.experiments.sweep",
-    **dict.fromkeys("logit logit_difference log_prob prob kl_divergence".split(), "gemmascope.metrics"),
+_CONTENTS = {
+    "weights": "load",
+    "config": "Gemma4Config PRESETS",
+    "model.text": "HookedGemma4",
+    "hooks": "SITES OnHeads",
+    "cache": "ActivationCache RoutingTrace",
+    "interventions": "Intervention zero scale add replace patch mean resample knockout drop_expert force_expert "
+    "freeze_routing freeze_norms save_interventions load_interventions",
+    "metrics": "logit logit_difference log_prob prob kl_divergence",
+    "results": "Result",
+    "experiments.sweep": "sweep",
+    "experiments.patching": "activation_patching aligned",
+    "readout.lens": "logit_lens",
+    "readout.tuned_lens": "TunedLens",
+    "readout.attribution": "direct_logit_attribution",
+    "readout.heads": "head_table detect_heads repeated_tokens",
+    "readout.circuits": "copying_score ov_scores qk_scores",
 }
+_HOME = {name: f"gemmascope.{module}" for module, names in _CONTENTS.items() for name in names.split()}
 """Public name -> the module it lives in."""
 
 __all__ = ["__version__", *_HOME]
