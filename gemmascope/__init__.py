@@ -26,6 +26,7 @@ _CONTENTS = {
     "results": "Result",
     "experiments.sweep": "sweep",
     "experiments.patching": "activation_patching aligned",
+    "experiments.knockouts": "attention_knockout attention_to",
     "readout.lens": "logit_lens",
     "readout.tuned_lens": "TunedLens",
     "readout.attribution": "direct_logit_attribution",
