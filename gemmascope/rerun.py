@@ -80,6 +80,7 @@ class Rerun:
         """By stage; -1 for the points before the first block."""
         for name, reader in readers:
             self.readers[self._stage(name)].append((name, reader))
+        self.sites = {stage: [name for name, _ in pairs] for stage, pairs in self.readers.items()}
         self._seen: tuple[int | None, dict[str, Tensor]] = None, {}
 
     def _stage(self, name: str) -> int:
@@ -105,7 +106,11 @@ class Rerun:
 
     def close(self, run: Any) -> None:
         """After the run: keeps of its Pass what blocks read besides the stream."""
-        self.run = replace(run, record=None)
+        masks = {
+            kind: replace(mask) for kind, mask in run.masks.items()
+        }  # without the S x S form that a run may ask for
+        self.run = replace(run, record=None, masks=masks)
+        self.readers.clear()  # they hold what they stored
         self._hold(self.device)
 
     def to(self, device: torch.device | str) -> "Rerun":
@@ -128,7 +133,7 @@ class Rerun:
 
     def names(self) -> list[str]:
         """The sites that can be had from it, in the order of the run."""
-        return [name for stage in self.weights for name, _ in self.readers[stage]]
+        return [name for stage in self.weights for name in self.sites[stage]]
 
     def tensors(self) -> list[Tensor]:
         """All that it keeps alive, the stage last looked at included."""
@@ -190,29 +195,31 @@ class Rerun:
                 "name it in names_filter, or run again."
             )
         seen: dict[str, Tensor] = {}
+        last = stage == len(model.blocks)
         x = self.streams[stage].to(device)
-        points = {name: Reader(seen.__setitem__) for name, _ in self.readers[stage]}
-        bare = _bare(model.blocks[stage]) if stage < len(model.blocks) else copy.copy(model)
-        if stage == len(model.blocks):
+        bare = copy.copy(model) if last else _bare(model.blocks[stage])
+        if last:
             bare._modules = {name: _bare(model._modules[name]) for name in _HEAD}
         for point in bare.modules():
-            if getattr(point, "name", None) in points:
-                point.add_hook(points[point.name])
-        if stage == len(model.blocks):
+            if isinstance(point, Site) and point.name in self.sites[stage]:
+                point.add_hook(Reader(seen.__setitem__))
+        if last:
             bare._logits(x)
-            return seen
-        # Its own dictionaries: a block leaves keys there for later ones, and a mask the S x S form it was asked for.
-        run = replace(
-            run,
-            kv={layer: (k.to(device), v.to(device)) for layer, (k, v) in run.kv.items()},
-            ple=None if run.ple is None else run.ple.to(device),
-            masks={kind: replace(mask) for kind, mask in run.masks.items()},
-        )
-        self._refuse_if_other(bare.with_sites(x, run), stage, wanted)
-        return seen
+        else:
+            # Its own dictionaries: a block leaves keys there for later ones, and a mask its S x S form if asked for it.
+            run = replace(
+                run,
+                kv={layer: (k.to(device), v.to(device)) for layer, (k, v) in run.kv.items()},
+                ple=None if run.ple is None else run.ple.to(device),
+                masks={kind: replace(mask) for kind, mask in run.masks.items()},
+            )
+            self._refuse_if_other(bare.with_sites(x, run), stage, wanted)
+        found = dict(seen)
+        seen.clear()  # a point and its hook hold each other, and would hold the tensors until the next collection
+        return found
 
     def _refuse_if_other(self, after: Tensor, stage: int, wanted: str) -> None:
-        """Looks at the block's end: an edit through `.data`, or autocast, leaves no other trace."""
+        """Looks at the block's end: an edit through `.data`, or autocast, leaves no other trace, if it leaves this."""
         before = self.streams.get(stage + 1)
         if before is None:
             return
