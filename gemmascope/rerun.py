@@ -1,7 +1,7 @@
 """A cache that keeps what entered each block, and runs a block again once somebody looks inside it.
 
-Activation checkpointing (Chen et al. 2016, https://arxiv.org/abs/1604.06174), for looking. What comes out is what the run
-had, to the bit where the straight line and the line with sites agree to the bit, as they do on a CPU. Blocks that
+Activation checkpointing (Chen et al. 2016, https://arxiv.org/abs/1604.06174), for looking. What comes out is what the
+run had, to the bit where the straight line and the line with sites agree to the bit, as they do on a CPU. Blocks that
 anybody's hook touched are not run again: their sites are stored while the run is on.
 """
 
@@ -42,16 +42,25 @@ def refuse_if_edited(wanted: str, before: dict[str, tuple], tensors: Iterable[tu
         )
 
 
-def modules_of(model: nn.Module, stage: int) -> list[nn.Module]:
-    """The modules of one stage: a block, or the head as stage n_layers."""
+def modules_of(model: nn.Module, stage: int) -> dict[str, nn.Module]:
+    """The modules of one stage by name: a block, or the head as stage n_layers."""
     if stage < len(model.blocks):
-        return list(model.blocks[stage].modules())
-    return [module for name in _HEAD for module in model.get_submodule(name).modules()]
+        return dict(model.blocks[stage].named_modules(prefix=f"blocks.{stage}"))
+    return {path: module for name in _HEAD for path, module in model._modules[name].named_modules(prefix=name)}
 
 
-def _as_built(modules: list[nn.Module], kinds: tuple[type, ...]) -> bool:
-    """Whether nobody put another module, or another `forward`, in the place of one."""
-    return tuple(map(type, modules)) == kinds and not any("forward" in vars(module) for module in modules)
+def kinds_of(modules: dict[str, nn.Module]) -> tuple[type, ...]:
+    """What tells whether somebody put another module in the place of one."""
+    return tuple(map(type, modules.values()))
+
+
+def _weights_of(modules: dict[str, nn.Module]) -> list[tuple[str, Tensor]]:
+    """Parameters and buffers by name, the tied weight of the unembedding included."""
+    weights = [("embed.weight", modules["unembed"].W_U)] if "unembed" in modules else []
+    for path, module in modules.items():
+        own = (*module._parameters.items(), *module._buffers.items())
+        weights += [(f"{path}.{name}", x) for name, x in own if x is not None]
+    return weights
 
 
 def _bare(module: nn.Module) -> nn.Module:
@@ -63,7 +72,7 @@ def _bare(module: nn.Module) -> nn.Module:
     bare = copy.copy(module)
     for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
         setattr(bare, hooks, OrderedDict())
-    bare._modules = {name: child and _bare(child) for name, child in module._modules.items()}
+    bare._modules = {name: None if child is None else _bare(child) for name, child in module._modules.items()}
     return bare
 
 
@@ -92,11 +101,10 @@ class Rerun:
     @contextmanager
     def entering(self, stage: int, x: Tensor):
         """Around a stage: keeps the stream that enters it, and stores its sites where it could not be run again."""
-        modules, kinds = modules_of(self.model, stage), self.model.built[stage]
-        x = x.detach()
-        if _as_built(modules, kinds) and all(map(untouched, modules, kinds)):
+        modules, x = modules_of(self.model, stage), x.detach()
+        if self._as_built(stage, modules) and all(map(untouched, modules.values(), self.model.built[stage])):
             self.streams[stage] = x if self.device is None else x.to(self.device)
-            self.weights[stage] = fingerprint(self._weights(stage))
+            self.weights[stage] = fingerprint(_weights_of(modules))
             yield
         else:
             # A copy, since a plain torch hook may edit the stream in place.
@@ -104,11 +112,14 @@ class Rerun:
             with self.model.hooks(fwd_hooks=self.readers[stage]):
                 yield
 
+    def _as_built(self, stage: int, modules: dict[str, nn.Module]) -> bool:
+        """Whether nobody put another module, or another `forward`, in the place of one."""
+        own = any("forward" in vars(module) for module in modules.values())
+        return not own and kinds_of(modules) == self.model.built[stage]
+
     def close(self, run: Any) -> None:
         """After the run: keeps of its Pass what blocks read besides the stream."""
-        masks = {
-            kind: replace(mask) for kind, mask in run.masks.items()
-        }  # without the S x S form that a run may ask for
+        masks = {kind: replace(mask) for kind, mask in run.masks.items()}  # without the S x S form it may have made
         self.run = replace(run, record=None, masks=masks)
         self.readers.clear()  # they hold what they stored
         self._hold(self.device)
@@ -164,13 +175,6 @@ class Rerun:
             case "attn.hook_v_normed":
                 return self.run.kv.get(stage, (None, None))[1]
 
-    def _weights(self, stage: int) -> list[tuple[str, Tensor]]:
-        if stage == len(self.model.blocks):
-            return [("ln_final.weight", self.model.ln_final.weight), ("embed.weight", self.model.embed.weight)]
-        block, prefix = self.model.blocks[stage], f"blocks.{stage}."
-        named = (*block.named_parameters(), *block.named_buffers())
-        return [(prefix + name, x) for name, x in named]
-
     def _inputs(self, stage: int) -> list[tuple[str, Tensor]]:
         """What was kept for a stage, by the site that shows it: somebody may edit the tensor that a cache gave."""
         last = stage == len(self.model.blocks)
@@ -187,13 +191,14 @@ class Rerun:
     def _again(self, stage: int, wanted: str) -> dict[str, Tensor]:
         """Every site of one stage, from the stream that entered it."""
         model, run, device = self.model, self.run, self.model.cfg.device
-        refuse_if_edited(wanted, self.weights[stage], self._weights(stage))
-        refuse_if_edited(wanted, self.inputs[stage], self._inputs(stage))
-        if not _as_built(modules_of(model, stage), model.built[stage]):
+        modules = modules_of(model, stage)
+        if not self._as_built(stage, modules):
             raise ValueError(
                 f"A module was replaced since the run, so that {wanted} cannot be recomputed: "
                 "name it in names_filter, or run again."
             )
+        refuse_if_edited(wanted, self.weights[stage], _weights_of(modules))
+        refuse_if_edited(wanted, self.inputs[stage], self._inputs(stage))
         seen: dict[str, Tensor] = {}
         last = stage == len(model.blocks)
         x = self.streams[stage].to(device)
@@ -235,7 +240,7 @@ class Rerun:
 
 
 class Activations(MutableMapping):
-    """Tensors by name: those at hand, and those of stages that a Rerun runs again. Looking a name up computes nothing."""
+    """Tensors by name: those at hand, and those of stages that a Rerun runs again. `in` and `keys` compute nothing."""
 
     def __init__(self, held: MutableMapping[str, Tensor], rerun: Rerun | None = None, views: tuple[View, ...] = ()):
         """`views` are what a tensor from `rerun` goes through, the batch axis removed, say."""

@@ -27,7 +27,7 @@ from gemmascope.model.inputs import Pass, prepare
 from gemmascope.model.lens import LensModel
 from gemmascope.model.moe import MoE, drawn
 from gemmascope.model.norms import RMSNorm, SiteNorm, Stream, added
-from gemmascope.rerun import modules_of
+from gemmascope.rerun import kinds_of, modules_of
 from gemmascope.tokenizer import Gemma4Tokenizer
 
 
@@ -202,7 +202,7 @@ class HookedGemma4(LensModel):
         self.unembed = Unembed(self.embed)
         self.hook_unembed, self.hook_logits = Site(), Site()
         self._shared_kv = False
-        self.built = [tuple(map(type, modules_of(self, stage))) for stage in range(cfg.n_layers + 1)]
+        self.built = [kinds_of(modules_of(self, stage)) for stage in range(cfg.n_layers + 1)]
         self.setup()
         self.sync_cfg()
 
