@@ -107,14 +107,14 @@ class Rerun:
             self.weights[stage] = fingerprint(_weights_of(modules))
             yield
         else:
-            # A copy, since a plain torch hook may edit the stream in place.
-            self.streams[stage] = x.clone() if self.device is None else x.to(self.device, copy=True)
+            if stage - 1 in self.weights:  # a copy of what that one gave: a plain torch hook may edit it in place
+                self.streams[stage] = x.clone() if self.device is None else x.to(self.device, copy=True)
             with self.model.hooks(fwd_hooks=self.readers[stage]):
                 yield
 
     def _as_built(self, stage: int, modules: dict[str, nn.Module]) -> bool:
-        """Whether nobody put another module, or another `forward`, in the place of one."""
-        own = any("forward" in vars(module) for module in modules.values())
+        """Whether nobody put another module, or another or a compiled `forward`, in the place of one."""
+        own = any(vars(module).keys() & {"forward", "_compiled_call_impl"} for module in modules.values())
         return not own and kinds_of(modules) == self.model.built[stage]
 
     def close(self, run: Any) -> None:

@@ -112,7 +112,9 @@ def test_hooks_that_come_later_neither_fire_nor_matter():
     assert fired == []
 
 
-@pytest.mark.parametrize("where", ["site", "identity", "gradient", "module", "block", "inner norm", "forward", "head"])
+@pytest.mark.parametrize(
+    "where", ["site", "identity", "gradient", "module", "block", "inner norm", "forward", "compiled", "head"]
+)
 def test_what_hooks_touched_is_stored(where):
     model = tiny_model("26B-A4B")
     _, before = model.run_with_cache(TOKENS)
@@ -127,9 +129,9 @@ def test_what_hooks_touched_is_stored(where):
         model.add_hook(Z, lambda t, hook: None)
     elif where == "gradient":
         model.add_hook(Z, lambda g, hook: None, dir="bwd")
-    elif where == "forward":
-        own = model.blocks[2].mlp.forward
-        model.blocks[2].mlp.forward = lambda x, sites=False: own(x.flip(1), sites)
+    elif where in ("forward", "compiled"):  # torch leaves what it compiled in an attribute
+        own, name = model.blocks[2].mlp.forward, "forward" if where == "forward" else "_compiled_call_impl"
+        vars(model.blocks[2].mlp)[name] = lambda x, sites=False: own(x.flip(1), sites)
     else:
         parts = {"module": "blocks.2.mlp", "block": "blocks.2", "inner norm": "blocks.2.attn.q_norm", "head": "unembed"}
         handle = model.get_submodule(parts[where]).register_forward_hook(flip)
@@ -138,7 +140,8 @@ def test_what_hooks_touched_is_stored(where):
         _, named = stored(model)
     # Afterwards they are gone.
     model.reset_hooks()
-    vars(model.blocks[2].mlp).pop("forward", None)
+    for name in ("forward", "_compiled_call_impl"):
+        vars(model.blocks[2].mlp).pop(name, None)
     if handle is not None:
         handle.remove()
     equal(cache, named)
