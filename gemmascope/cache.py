@@ -1,6 +1,7 @@
 """The activations of one run: TransformerLens's ActivationCache, and what can be recomputed from it when asked for."""
 
 import difflib
+from collections.abc import MutableMapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,6 +12,7 @@ from transformer_lens.utilities import Slice
 
 from gemmascope import ops
 from gemmascope.decomposition import Decomposable
+from gemmascope.rerun import Activations, fingerprint, refuse_if_edited
 
 
 @dataclass(frozen=True)
@@ -40,13 +42,15 @@ _EXPERT_PARTS = ("moe.hook_expert_post", "moe.router.hook_indices", "moe.router.
 class ActivationCache(Decomposable):
     """Activations by name: `cache["blocks.3.attn.hook_z"]`, `cache["z", 3]`, `cache["moe.router.hook_probs", 3]`.
 
-    Attention scores and patterns, per-head results and per-slot expert outputs are computed when asked for, unless they
-    were stored; `pattern(layer, heads, rows)` costs only what it names.
+    What a default run_with_cache gives keeps the stream before each block, and runs a block again when asked for what
+    is inside it. Attention scores and patterns, per-head results and per-slot expert outputs are computed when asked
+    for, unless they were stored; `pattern(layer, heads, rows)` costs only what it names. Weights that were edited since
+    the run raise ValueError where they would be used.
     """
 
     def __init__(
         self,
-        cache_dict: dict[str, Tensor],
+        cache_dict: MutableMapping[str, Tensor],
         model: Any,
         has_batch_dim: bool = True,
         masks: dict[str, ops.Mask] | None = None,
@@ -57,6 +61,7 @@ class ActivationCache(Decomposable):
         """What run_with_cache gives: also the masks by kind of layer, the positions that were kept, the expansions that
         hooks may have changed, and the attention mask [batch, key], None without padding.
         """
+        cache_dict = cache_dict if isinstance(cache_dict, Activations) else Activations(cache_dict)
         super().__init__(cache_dict, model, has_batch_dim)
         # Fresh ones: a mask keeps the S x S form that the run may have asked it for.
         self._masks = {kind: replace(mask) for kind, mask in (masks or {}).items()}
@@ -64,6 +69,7 @@ class ActivationCache(Decomposable):
         self._changed = changed
         self._padding = padding
         self._lse: dict[int, Tensor] = {}
+        self._weights = fingerprint(self._weights_used())
 
     # What is in it
 
@@ -89,12 +95,12 @@ class ActivationCache(Decomposable):
 
     @property
     def nbytes(self) -> int:
-        """Memory that this cache keeps alive, in bytes; tensors that share memory count once."""
-        storages = {
-            tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
-            for tensor in self.cache_dict.values()
-        }
-        return sum(storages.values())
+        """Memory that this cache keeps alive, in bytes; tensors that share memory count once.
+
+        The block that was looked at last is kept too, until another is.
+        """
+        storages = (tensor.untyped_storage() for tensor in self.cache_dict.kept())
+        return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
     def full_name(self, key: str | tuple) -> str:
         """The hook point that a key means: its own name, or a short name and a layer, which may be negative."""
@@ -121,6 +127,8 @@ class ActivationCache(Decomposable):
         if what == "hook_attn_scores":
             return self.attn_scores(layer)
         block, device = self.model.blocks[layer], self.model.cfg.device
+        weight = f"blocks.{layer}." + ("attn.o_proj.weight" if what == "hook_result" else "moe.down_proj")
+        refuse_if_edited(name, {weight: self._weights.get(weight)}, self._weights_used())
         if what == "hook_result":
             z = self["z", layer]
             return torch.einsum("...he,hed->...hd", z.to(device), block.attn.W_O).to(z.device)
@@ -130,6 +138,11 @@ class ActivationCache(Decomposable):
         return block.moe.down(post[None].to(device), (indices[None].to(device), weights[None].to(device)))[0].to(
             post.device
         )
+
+    def _weights_used(self) -> list[tuple[str, Tensor]]:
+        """Those that expansions are made with."""
+        ends = ("attn.o_proj.weight", "moe.down_proj")
+        return [(name, weight) for name, weight in self.model.named_parameters() if name.endswith(ends)]
 
     def _refuse_if_changed(self, name: str) -> None:
         if name in self._changed:
@@ -147,7 +160,7 @@ class ActivationCache(Decomposable):
         mask, whole = self._masks.get(geometry.kind), self._positions.mode == "identity"
         if q not in self.cache_dict or k not in self.cache_dict or mask is None or not whole:
             return False
-        return self.cache_dict[k].shape[-3] == mask.n_keys
+        return mask.n_queries == mask.n_keys  # or else a past_kv_cache had the others
 
     def _qk(self, layer: int, wanted: str) -> tuple[Tensor, Tensor]:
         """Queries and keys after rope, with their batch axis."""
@@ -268,16 +281,15 @@ class ActivationCache(Decomposable):
             raise ValueError(f"{self.model.cfg.model_name} has no experts to route to.")
         layers = tuple(range(self.model.cfg.n_layers))
 
-        def stack(what: str) -> Tensor:
-            return torch.stack([self[f"moe.router.{what}", layer] for layer in layers])
-
-        indices = stack("hook_indices")
+        names = ("hook_indices", "hook_weights", "hook_probs")
+        by_layer = [[self[f"moe.router.{name}", layer] for name in names] for layer in layers]
+        indices, weights, probs = (torch.stack(found) for found in zip(*by_layer, strict=True))
         real = torch.ones(indices.shape[1:-1], dtype=torch.bool, device=indices.device)
         if self._padding is not None:
             fed = self._padding if self.has_batch_dim else self._padding[0]
             n_queries = next(iter(self._masks.values())).n_queries
             real = self._positions.apply(fed[..., -n_queries:], dim=-1).to(indices.device)
-        return RoutingTrace(layers, indices, stack("hook_weights"), stack("hook_probs"), real)
+        return RoutingTrace(layers, indices, weights, probs, real)
 
     # Whole-cache operations
 
@@ -286,16 +298,39 @@ class ActivationCache(Decomposable):
         if positions.mode == "identity":
             return self
         positions = Slice([positions.slice]) if positions.mode == "int" else positions
-        cut = {}
-        for name, tensor in self.cache_dict.items():
+        batched = self.has_batch_dim
+
+        def cut(name: str, tensor: Tensor) -> Tensor | None:
             axes = self.model.sites[name].axes.split() if name in self.model.sites else []
-            if "pos" in axes:
-                cut[name] = positions.apply(tensor, dim=axes.index("pos") - (not self.has_batch_dim))
-        return ActivationCache(cut, self.model, self.has_batch_dim, pos_slice=[0], changed=self._changed)
+            return positions.apply(tensor, dim=axes.index("pos") - (not batched)) if "pos" in axes else None
+
+        new = ActivationCache(self.cache_dict.viewed(cut), self.model, batched, pos_slice=[0], changed=self._changed)
+        new._weights = self._weights
+        return new
+
+    def _batch_size(self) -> int:
+        return next((len(tensor) for tensor in self.cache_dict.values()), 1)  # the first is at hand
+
+    def remove_batch_dim(self, batch_size: int | None = None) -> "ActivationCache":
+        """Drops the batch axis of everything, in place. Raises ValueError where there is more than one prompt."""
+        if self.has_batch_dim:
+            if self._batch_size() > 1:
+                raise ValueError(f"remove_batch_dim needs one prompt, and there are {self._batch_size()}.")
+            self.cache_dict = self.cache_dict.viewed(lambda name, tensor: tensor[0])
+            self.has_batch_dim = False
+        return self
+
+    def to(self, device: torch.device | str) -> "ActivationCache":
+        """Moves what is kept, in place; what is recomputed comes back on that device too."""
+        self.cache_dict = self.cache_dict.to(device)
+        return self
 
     def apply_slice_to_batch_dim(self, batch_slice: Any) -> "ActivationCache":
         """A cache of some of the prompts (an int drops the batch axis)."""
-        sliced = super().apply_slice_to_batch_dim(batch_slice)
+        if not self.has_batch_dim:
+            raise ValueError("This cache has no batch axis to take prompts from.")
+        prompts = batch_slice if isinstance(batch_slice, Slice) else Slice(batch_slice)
+        sliced = self.cache_dict.viewed(lambda name, tensor: prompts.apply(tensor, dim=0))
         keep = Slice.unwrap(batch_slice)  # which, unlike Slice(...), keeps the axis of an int
 
         def cut(x: Tensor | None) -> Tensor | None:
@@ -305,6 +340,6 @@ class ActivationCache(Decomposable):
             kind: replace(mask, key_mask=cut(mask.key_mask), image_blocks=cut(mask.image_blocks))
             for kind, mask in self._masks.items()
         }
-        new = ActivationCache(sliced.cache_dict, self.model, sliced.has_batch_dim, masks, None, self._changed)
-        new._positions, new._padding = self._positions, cut(self._padding)
+        new = ActivationCache(sliced, self.model, prompts.mode != "int", masks, None, self._changed)
+        new._positions, new._padding, new._weights = self._positions, cut(self._padding), self._weights
         return new

@@ -182,8 +182,10 @@ def test_cost_is_shown():
 
 
 def test_cache_moves_to_a_device():
-    _, cache = tiny_model("12B").run_with_cache(TOKENS, device="meta")
+    _, cache = tiny_model("12B").run_with_cache(TOKENS, names_filter="blocks.0.attn.hook_z", device="meta")
     assert cache["z", 0].device.type == "meta"
+    _, cache = tiny_model("12B").run_with_cache(TOKENS, device="meta")
+    assert cache["resid_pre", 3].device.type == "meta"
 
 
 def test_past_keys_are_missed_loudly():

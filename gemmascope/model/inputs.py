@@ -1,5 +1,6 @@
 """From token ids, masks and positions to what the layers of one pass share. What cannot be right is refused here."""
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 from gemmascope import ops
 from gemmascope.config import Gemma4Config, LayerKind
 from gemmascope.generate import KVCache
+from gemmascope.rerun import Rerun
 
 
 @dataclass
@@ -30,6 +32,12 @@ class Pass:
     """Only the last position's logits are wanted, unless a hook looks at the others."""
     start: tuple[int, Float[Tensor, "batch pos d_model"]] | None = None
     """A layer, and the stream that enters it: the layers before are not run."""
+    record: Rerun | None = None
+    """What keeps the stream before each stage, for a cache that runs blocks again."""
+
+    def entering(self, stage: int, x: Tensor) -> AbstractContextManager:
+        """Goes around a block, or the head as stage n_layers; `x` is the stream that enters it."""
+        return nullcontext() if self.record is None else self.record.entering(stage, x)
 
 
 def prepare(
@@ -75,7 +83,7 @@ def prepare(
             device=tokens.device,
             window=layer.window,
             key_mask=None if mask is None else mask[:, first:],
-            image_blocks=None if blocks is None else blocks[:, first:].to(tokens.device),
+            image_blocks=None if blocks is None else blocks[:, first:].to(tokens.device, copy=True),
         )
     return Pass(tokens, mask, rope, masks, past)
 
@@ -124,7 +132,7 @@ def _mask(
         raise ValueError(
             f"attention_mask has shape {list(attention_mask.shape)}; the tokens so far need {[batch, total]}."
         )
-    mask = attention_mask.to(tokens.device, torch.bool)
+    mask = attention_mask.to(tokens.device, torch.bool, copy=True)  # a cache may read it later
     return mask if earlier is not None or not _readable(mask) or not mask.all() else None
 
 

@@ -11,6 +11,7 @@ from gemmascope.cache import ActivationCache
 from gemmascope.generate import KVCache, generate
 from gemmascope.hooks import HookedModel, Progress
 from gemmascope.interventions import hooks_of
+from gemmascope.rerun import Activations, Rerun
 from gemmascope.tokenizer import Gemma4Tokenizer
 
 
@@ -44,19 +45,26 @@ class LensModel(HookedModel):
     ):
         """TransformerLens's run_with_cache: (what forward returns, an ActivationCache).
 
-        Attention patterns and scores, per-head results and per-slot expert outputs are stored only when `names_filter`
-        names them; asked for later, they are recomputed from what is stored. `incl_bwd` runs backward from the output,
-        so it needs return_type="loss". `interventions` are in effect: what is cached is what they left. Other arguments
-        are forward's.
+        By default the stream before each block is kept, and a block is run again when the cache is asked for what is
+        inside it, as the run had it; blocks with hooks are stored. What `names_filter` names is stored. So is
+        everything with `past_kv_cache`, `pos_slice`, `incl_bwd`, `reset_hooks_end=False` or
+        `return_cache_object=False`, but for attention patterns and scores, per-head results and per-slot expert
+        outputs, which are always recomputed unless named. `incl_bwd` runs backward from the output, so it needs
+        return_type="loss". `interventions` are in effect: what is cached is what they left. Other arguments are
+        forward's.
         """
         run = self._begin(input, attention_mask, position_ids, past_kv_cache, image_blocks, prepend_bos)
         if remove_batch_dim and len(run.tokens) > 1:
             raise ValueError(f"remove_batch_dim needs one prompt, and there are {len(run.tokens)}.")
         if incl_bwd and (run_kwargs.get("return_type") != "loss" or run_kwargs.get("loss_per_token")):
             raise ValueError('incl_bwd runs backward from one number: pass return_type="loss".')
+        again = names_filter is None and past_kv_cache is None and pos_slice is None and not incl_bwd
         with self.with_interventions(interventions):
             changed = self.changed_expansions()
             stored, fwd, bwd = self.get_caching_hooks(names_filter, incl_bwd, device, remove_batch_dim, None, pos_slice)
+            if again and reset_hooks_end and return_cache_object:
+                run.record = Rerun(self, fwd, device)
+                fwd = run.record.readers[-1]
             with self.hooks(fwd, bwd, reset_hooks_end, clear_contexts):
                 out = self(run, **run_kwargs)
                 if incl_bwd:
@@ -65,6 +73,11 @@ class LensModel(HookedModel):
                     changed |= self.changed_expansions()  # a hook may have added another
         if not return_cache_object:
             return out, stored
+        if run.record is not None:
+            run.record.close(run)
+            views = [lambda name, tensor: tensor[0]] if remove_batch_dim else []
+            views += [lambda name, tensor: tensor.to(device)] if device is not None else []
+            stored = Activations(stored, run.record, tuple(views))
         return out, ActivationCache(stored, self, not remove_batch_dim, run.masks, pos_slice, changed, run.mask)
 
     @contextmanager

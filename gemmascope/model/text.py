@@ -27,6 +27,7 @@ from gemmascope.model.inputs import Pass, prepare
 from gemmascope.model.lens import LensModel
 from gemmascope.model.moe import MoE, drawn
 from gemmascope.model.norms import RMSNorm, SiteNorm, Stream, added
+from gemmascope.rerun import kinds_of, modules_of
 from gemmascope.tokenizer import Gemma4Tokenizer
 
 
@@ -201,6 +202,7 @@ class HookedGemma4(LensModel):
         self.unembed = Unembed(self.embed)
         self.hook_unembed, self.hook_logits = Site(), Site()
         self._shared_kv = False
+        self.built = [kinds_of(modules_of(self, stage)) for stage in range(cfg.n_layers + 1)]
         self.setup()
         self.sync_cfg()
 
@@ -304,12 +306,16 @@ class HookedGemma4(LensModel):
             if self.per_layer is not None:
                 run.ple = self.hook_ple_inputs(self.per_layer(run.tokens, x))
         for block in self.blocks[first:stop]:
-            x = block(x, run)
+            with run.entering(block.layer, x):
+                x = block(x, run)
         if run.past is not None:
             run.past.advance(run.tokens.shape[1], run.mask)
         if stop is not None:
             return x
+        with run.entering(self.cfg.n_layers, x):
+            return self._head(x, run, return_type, loss_per_token)
 
+    def _head(self, x: Stream, run: Pass, return_type: str | None, loss_per_token: bool):
         head = (self.ln_final.hook_scale, self.ln_final.hook_normalized, self.hook_unembed, self.hook_logits)
         if not any(watched(point) for point in head):
             if return_type is None:
