@@ -21,6 +21,9 @@ _HOME = {
     "PRESETS": "gemmascope.config",
     "SITES": "gemmascope.hooks",
     "OnHeads": "gemmascope.hooks",
+    "attribution_patching": "gemmascope.experiments.attribution",
+    "edge_attribution": "gemmascope.experiments.circuits",
+    "edge_patching": "gemmascope.experiments.edges",
     "ActivationCache": "gemmascope.cache",
     "RoutingTrace": "gemmascope.cache",
 }

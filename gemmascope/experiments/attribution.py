@@ -17,7 +17,6 @@ from torch import Tensor
 from gemmascope import ops
 from gemmascope.experiments.gradients import by_activations, figures_of, gradients, name_of
 from gemmascope.experiments.pairs import paired
-from gemmascope.metrics import measured
 from gemmascope.results import Result, about
 
 NODES = {
@@ -86,8 +85,7 @@ def attribution_patching(
     sites = [name for kind in kinds for name in _sites(model, kind, NODES[kind])]
     wanted = sites + [name for kind in kinds for name in _also(model, kind, qk_fix)]
     with torch.no_grad():
-        logits, patch = model.run_with_cache(there, attention_mask=pair.mask, names_filter=wanted)
-        measured(metric, logits)
+        _, patch = model.run_with_cache(there, attention_mask=pair.mask, names_filter=wanted, return_type=None)
 
     kept, dropped = {}, _Dropped()
     z_sites = _sites(model, "head", NODES["head"]) if qk_fix else []
@@ -96,6 +94,7 @@ def attribution_patching(
     if grad_drop:
         hooks += [(name, dropped.gate) for out in ("attn_out", "mlp_out", "ple_out") for name in _sites(model, out)]
     run = model._begin(here, pair.mask)
+    run.last_only = getattr(metric, "last_only", False)
     with by_activations(model), model.hooks(fwd_hooks=hooks):
         figures = figures_of(metric, model(run))
         targets = list(dict.fromkeys(sites + z_sites))
@@ -210,7 +209,7 @@ def _effects(of: _Pass, kind: str, by_position: bool | None) -> Float[Tensor, "p
 
 
 def _slot_products(run: dict[str, Tensor], of: _Pass, layer: int) -> Float[Tensor, "prompt pos expert"]:
-    """Each expert's weighted output in a run, times the gradient at the sum that it is part of; slots by their expert."""
+    """Each expert's weighted output in a run, times the gradient at the sum that it is part of."""
     post, indices, weights = (run[f"blocks.{layer}.{point}"] for point in _SLOTS)
     slots = of.model.blocks[layer].moe.down(post, (indices, weights))
     products = torch.einsum("bpkd,bpd->bpk", slots, of.grads[f"blocks.{layer}.{NODES['expert']}"])

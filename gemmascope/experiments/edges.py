@@ -1,4 +1,4 @@
-"""Edges: what one part of a model reads of another's output, and a forward pass in which chosen edges carry another run.
+"""Edges: what one part of a model reads of another's output, and a forward pass in which some carry another run.
 
 The stream is a sum of what was written to it (design: "exact arithmetic"), so every reader's input can be rebuilt with
 some terms taken from another run:
@@ -141,13 +141,13 @@ class Contributions:
     written: dict[Group, Float[Tensor, "batch sender pos d_model"]]
     """As written: later layer scalars are not in it."""
     signal: Float[Tensor, "batch pos layer d_ple"] | None
-    logits: Float[Tensor, "batch pos d_vocab"]
+    logits: Float[Tensor, "batch pos d_vocab"] | None
 
     def repeated(self, n: int) -> "Contributions":
-        """The same, for every prompt n times over: prompts 0 to b - 1, then again."""
+        """The same for every prompt n times over (prompts 0 to b - 1, then again), without the logits."""
         written = {group: x.repeat(n, 1, 1, 1) for group, x in self.written.items()}
         signal = None if self.signal is None else self.signal.repeat(n, 1, 1, 1)
-        return Contributions(self.wiring, written, signal, self.logits)
+        return Contributions(self.wiring, written, signal, None)
 
     def towards(self, other: "Contributions", share: float) -> tuple[Tensor, Tensor | None]:
         """Embedding and signal, this far from this run's to another's."""
@@ -192,7 +192,7 @@ class _Run:
     def write(self, group: Group, contribution: Float[Tensor, "batch sender pos d_model"]) -> None:
         self.x = self.x + contribution.sum(1) if group[0] is not None else contribution[:, 0]
         self.written[group] = contribution
-        if self.cut is not None:
+        if self.cut is not None and self.live[:, self.wires.writes[group]].any():
             now = contribution if self.fixed is None else self.fixed.written[group]
             self.differences[group] = now - self.corrupted.written[group]
             self.scalars[group] = torch.ones((), dtype=self.x.dtype, device=self.x.device)
@@ -221,6 +221,7 @@ class _Run:
             self.x = self.x * block.layer_scalar
             self.scalars = {group: scalar * block.layer_scalar for group, scalar in self.scalars.items()}
         x = self.seen((None, "logits"))[:, 0]
+        x = x[:, -1:] if run.last_only else x
         logits = model.softcap(model.unembed(model.ln_final(x)))
         return Contributions(self.wires, self.written, signal, logits)
 
@@ -273,11 +274,16 @@ def _frozen(norm, x: Tensor) -> Tensor:
 
 
 def contributions(
-    model, tokens, attention_mask: Tensor | None = None, experts: bool = False, wires: Wiring | None = None
+    model, tokens, attention_mask: Tensor | None = None, experts: bool = False, last_only: bool = False
 ) -> Contributions:
-    """Runs prompts and keeps what every sender contributed (batch x senders x pos x d_model numbers)."""
+    """Runs prompts and keeps what every sender contributed: batch x senders x pos x d_model numbers.
+
+    `experts` makes each routed expert a sender; their contributions are stored also where they are 0. `last_only`
+    unembeds the last position only.
+    """
     run = model._begin(tokens, attention_mask)
-    return _Run(model, wires or wiring(model, experts)).forward(run)
+    run.last_only = last_only
+    return _Run(model, wiring(model, experts)).forward(run)
 
 
 def run_with_edges_patched(
@@ -287,6 +293,7 @@ def run_with_edges_patched(
     edges: Iterable[Edge] | list[set[Edge]] | Float[Tensor, "cut reader sender"],
     attention_mask: Tensor | None = None,
     *,
+    last_only: bool = False,
     fixed: Contributions | None = None,
     embed: Float[Tensor, "batch pos d_model"] | None = None,
     signal: Float[Tensor, "batch pos layer d_ple"] | None = None,
@@ -302,6 +309,7 @@ def run_with_edges_patched(
         edges: (sender, reader) pairs for all prompts; a list with a set for each prompt; or a tensor that says how much
             of each edge is patched (`Wiring.cut` stacked: one for each prompt, or one for all). Its gradient at 0 is
             edge attribution.
+        last_only: give the logits of the last position only: [batch, 1, d_vocab].
         fixed: what senders are taken to contribute now, in place of what they do.
         embed, signal: in place of the tokens' own.
 
@@ -309,6 +317,7 @@ def run_with_edges_patched(
         ValueError: for a node or an edge that is not there, or runs of different shapes.
     """
     wires, run = corrupted.wiring, model._begin(tokens, attention_mask)
+    run.last_only = last_only
     if isinstance(edges, Tensor):
         cut = edges
     else:
@@ -354,15 +363,12 @@ def edge_patching(
         baselines "clean" and "corrupted".
     """
     pair: Pair = paired(model, clean, corrupted, attention_mask)
-    wires = wiring(model, experts)
-    edges = wires.edges if edges is None else list(edges)
-    b, values = len(pair.clean), []
+    edges = wiring(model, experts).edges if edges is None else list(edges)
+    b, values, last_only = len(pair.clean), [], getattr(metric, "last_only", False)
     with torch.no_grad():
-        other = contributions(model, pair.corrupted, pair.mask, wires=wires)
-        baselines = {
-            "clean": measured(metric, model(pair.clean, attention_mask=pair.mask)),
-            "corrupted": measured(metric, other.logits),
-        }
+        other = contributions(model, pair.corrupted, pair.mask, experts, last_only)
+        clean_logits = run_with_edges_patched(model, pair.clean, other, [], pair.mask, last_only=last_only)
+        baselines = {"clean": measured(metric, clean_logits), "corrupted": measured(metric, other.logits)}
         for start in tqdm(range(0, len(edges), cells_per_forward), desc="edges", delay=1, leave=False):
             some = edges[start : start + cells_per_forward]
             n = len(some)
@@ -372,6 +378,7 @@ def edge_patching(
                 other.repeated(n),
                 [{edge} for edge in some for _ in range(b)],
                 None if pair.mask is None else pair.mask.repeat(n, 1),
+                last_only=last_only,
             )
             values += [measured(metric, part) for part in logits.split(b)]
     return Result(
