@@ -283,7 +283,7 @@ class Circuit:
         links: dict[Edge, float] = {}
         for source, target, _, weight in self._links():
             links[source, target] = links.get((source, target), 0.0) + weight
-        influence = {name: sum(abs(w) for edge, w in links.items() if edge[0] == name) for name in self.nodes}
+        influence = {name: sum((abs(w) for edge, w in links.items() if edge[0] == name), 0.0) for name in self.nodes}
         graph = {
             "metadata": {
                 "slug": slug,

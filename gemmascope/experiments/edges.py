@@ -141,7 +141,7 @@ class Contributions:
     written: dict[Group, Float[Tensor, "batch sender pos d_model"]]
     """As written: later layer scalars are not in it."""
     signal: Float[Tensor, "batch pos layer d_ple"] | None
-    logits: Float[Tensor, "batch pos d_vocab"] | None
+    logits: Float[Tensor, "batch pos_or_one d_vocab"] | None
 
     def repeated(self, n: int) -> "Contributions":
         """The same for every prompt n times over (prompts 0 to b - 1, then again), without the logits."""
@@ -297,7 +297,7 @@ def run_with_edges_patched(
     fixed: Contributions | None = None,
     embed: Float[Tensor, "batch pos d_model"] | None = None,
     signal: Float[Tensor, "batch pos layer d_ple"] | None = None,
-) -> Float[Tensor, "batch pos d_vocab"]:
+) -> Float[Tensor, "batch pos_or_one d_vocab"]:
     """The logits of a run in which some edges carry what the sender contributed to another run.
 
     Only the edge itself is patched: the sender's other readers get what it computes now. Everything after a patched
