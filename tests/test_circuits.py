@@ -32,8 +32,10 @@ def nearly_linear(architecture, eps=1e-8):
     return model
 
 
-@pytest.mark.parametrize("method", ["eap", "eap-ig"])
-@pytest.mark.parametrize(("architecture", "experts"), [("E2B", False), ("26B-A4B", False), ("26B-A4B", True)])
+@pytest.mark.parametrize(
+    ("architecture", "experts", "method"),
+    [("E2B", False, "eap"), ("E2B", False, "eap-ig"), ("26B-A4B", False, "eap"), ("26B-A4B", True, "eap")],
+)
 def test_scores_equal_exact_patching_on_a_linear_model(architecture, experts, method):
     model = nearly_linear(architecture)
     circuit = edge_attribution(model, CLEAN, CLEAN + 50, logit_gap, method, steps=2, experts=experts)

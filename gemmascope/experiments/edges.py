@@ -172,11 +172,11 @@ class _Run:
             self.live = torch.ones_like(wires.exists) if cut.requires_grad else (cut != 0).any(0).cpu()
 
     def seen(self, group: Group, chosen: Tensor | None = None) -> Float[Tensor, "batch reader pos d_model"]:
-        """The input of each reader of a group; with `chosen` [batch, pos, slot], of the readers chosen there:
-        [batch, slot, pos, d_model]."""
-        rows = self.wires.reads[group]
-        n_readers = rows.stop - rows.start if chosen is None else chosen.shape[-1]
-        x = self.x[:, None].expand(-1, n_readers, -1, -1)
+        """The input of each reader of a group, or one for all where they have the same.
+
+        With `chosen` [batch, pos, slot], of the readers chosen there: [batch, slot, pos, d_model].
+        """
+        rows, x = self.wires.reads[group], self.x[:, None]
         for of, difference in self.differences.items():
             columns = self.wires.writes[of]
             if not self.live[rows, columns].any():
@@ -263,7 +263,8 @@ class _Run:
     def _slots(self, layer: int, block, choice) -> Float[Tensor, "batch pos slot d_model"]:
         """Each slot's weighted output, each expert with an input of its own."""
         indices, moe = choice[0], block.moe
-        rows = block.moe_ln_pre(self.seen((layer, "experts"), indices)).transpose(1, 2).flatten(0, 2)
+        x = block.moe_ln_pre(self.seen((layer, "experts"), indices)).transpose(1, 2)
+        rows = x.expand(*indices.shape, -1).flatten(0, 2)
         both = ops.grouped_linear(rows, indices.flatten(), moe.gate_up_proj).unflatten(0, indices.shape)
         return moe.down(ops.geglu(*both.chunk(2, dim=-1)), choice)
 
