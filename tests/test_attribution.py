@@ -181,23 +181,33 @@ def test_ranks_the_heads_of_a_trained_model_as_patching_does():
     drawn = [gift(rng) for _ in range(60)]
     words = [[piece for piece, _ in one.priced[:-2]] for one in drawn]
     chosen = [(one, parts) for one, parts in zip(drawn, words, strict=True) if len(parts) == len(words[0])][:6]
-    swaps = [{" " + one.io: " " + one.subject, " " + one.subject: " " + one.io} for one, _ in chosen]
-    clean = ["".join(parts) for _, parts in chosen]
-    corrupted = [
-        "".join(swap.get(part, part) for part in parts) for swap, (_, parts) in zip(swaps, chosen, strict=True)
-    ]
+    clean, corrupted = [], []
+    for one, parts in chosen:  # the second mention of the subject becomes one of the indirect object
+        last = max(at for at, part in enumerate(parts) if part == " " + one.subject)
+        clean.append("".join(parts))
+        corrupted.append("".join([*parts[:last], " " + one.io, *parts[last + 1 :]]))
     metric = logit_difference(model, *zip(*[(" " + one.io, " " + one.subject) for one, _ in chosen], strict=True))
-    result = attribution_patching(model, clean, corrupted, metric, "head", direction="noising")
     with torch.no_grad():
         _, patch = model.run_with_cache(corrupted)
         base = metric(model(clean))
+
+    def agreement(kind, **settings):
+        """The rank correlation of estimated and exact effects."""
+        result = attribution_patching(model, clean, corrupted, metric, kind, direction="noising", **settings)
         exact = []
-        for row in result.cells.itertuples():
-            hook = (f"blocks.{row.layer}.attn.hook_z", put(patch, (..., row.head, slice(None))))
-            exact.append(metric(model.run_with_hooks(clean, fwd_hooks=[hook])) - base)
-    ranks = torch.stack([result.mean, torch.stack(exact).mean(-1)]).argsort(-1).argsort(-1).double()
-    assert torch.corrcoef(ranks)[0, 1] > 0.7
-    assert result.top(1).index[0] == int(torch.stack(exact).mean(-1).abs().argmax())
+        for layer, head in result.cells.itertuples(index=False):
+            hook = (f"blocks.{layer}.{attribution.NODES[kind]}", put(patch, (..., head, slice(None))))
+            with torch.no_grad():
+                exact.append(metric(model.run_with_hooks(clean, fwd_hooks=[hook])) - base)
+        exact = torch.stack(exact).mean(-1)
+        ranks = torch.stack([result.mean, exact]).argsort(-1).argsort(-1).double()
+        return torch.corrcoef(ranks)[0, 1], result.top(1).index[0] == int(exact.abs().argmax())
+
+    ranked, same_first = agreement("head")
+    assert ranked > 0.8 and same_first
+    for kind in ("q", "k"):
+        fixed = agreement(kind, qk_fix=True)[0]
+        assert fixed > 0.8 and fixed > agreement(kind)[0] + 0.1
 
 
 @pytest.mark.parametrize(
@@ -219,3 +229,13 @@ def test_bad_input_is_refused_in_one_sentence(change, message):
     arguments = dict(clean=CLEAN, corrupted=CORRUPTED, metric=logit_gap, by="head") | change
     with pytest.raises(ValueError, match=message):
         attribution_patching(tiny_model("26B-A4B"), **arguments)
+
+
+def test_a_patch_without_meaning_is_refused():
+    model = tiny_model("31B")
+    with torch.no_grad():
+        model.embed.weight[100] = torch.nan
+    clean = CLEAN.clone()
+    clean[0, 3] = 100
+    with pytest.raises(ValueError, match="Effects by 'head' are NaN"):
+        attribution_patching(model, clean, CORRUPTED, lambda logits: logits[:, 0, 5])

@@ -126,6 +126,19 @@ def test_one_edge_changes_one_reader_only():
 
 
 @torch.no_grad()
+def test_a_bfloat16_model_stays_as_near_as_its_rounding():
+    for architecture in ("E2B", "26B-A4B"):
+        exact, model = tiny_model(architecture), tiny_model(architecture).bfloat16()
+        other = contributions(model, CORRUPTED)
+        patched = run_with_edges_patched(
+            model, CLEAN, other, [edge for edge in other.wiring.edges if edge[1] == "logits"]
+        )
+        assert patched.dtype == torch.bfloat16
+        rounding = (model(CORRUPTED).float() - exact(CORRUPTED)).abs().mean()
+        assert (patched.float() - model(CORRUPTED).float()).abs().mean() < 2 * rounding
+
+
+@torch.no_grad()
 def test_each_prompt_may_have_its_own_edges():
     model = tiny_model("26B-A4B").double()
     other = contributions(model, CORRUPTED)
@@ -168,6 +181,9 @@ def test_bad_edges_are_refused():
         run_with_edges_patched(model, CLEAN[:, 1:], other, [])
     with pytest.raises(ValueError, match="3 sets of edges for 2 prompts"):
         run_with_edges_patched(model, CLEAN, other, [set(), set(), set()])
+    with model.hooks(fwd_hooks=[("blocks.1.mlp.hook_out", lambda x, hook: x * 0)]):
+        with pytest.raises(ValueError, match=r"blocks\.1\.mlp\.hook_out has a hook"):
+            run_with_edges_patched(model, CLEAN, other, [])
     with pytest.raises(ValueError, match="Clean prompt 0 has 11 tokens and its corrupted version 10"):
         edge_patching(model, CLEAN, CORRUPTED[:, 1:], logit_gap)
     with pytest.raises(ValueError, match="2 clean prompts and 1 corrupted"):

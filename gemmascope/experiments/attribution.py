@@ -103,15 +103,19 @@ def attribution_patching(
             dropped.layer = layer
             again = grad_drop and layer < n_layers - 1
             grads = dict(zip(targets, gradients(figures, [kept[name] for name in targets], keep=again), strict=True))
-            pass_ = _Pass(model, kept, patch.cache_dict, grads, run.masks, qk_fix)
+            both = _Pass(model, kept, patch.cache_dict, grads, run.masks, qk_fix)
             with torch.no_grad():
                 for kind in kinds:
-                    effect = _effects(pass_, kind, by_position)
+                    effect = _effects(both, kind, by_position)
                     effect = effect.abs() / max(1, n_layers - 1) if grad_drop else effect
                     found[kind] = found[kind] + effect if kind in found else effect
     settings = dict(direction=direction, qk_fix=qk_fix, grad_drop=grad_drop, prompts=len(pair.clean))
     results = {}
     for kind, values in found.items():
+        if values.isnan().any():
+            raise ValueError(
+                f"Effects by {kind!r} are NaN: the run that is patched in has activations without meaning."
+            )
         results[kind] = Result(
             "attribution patching" + (" (AtP*)" if qk_fix or grad_drop else ""),
             _cells(model, kind, by_position, pair.clean.shape[1]),

@@ -26,6 +26,7 @@ from tqdm.auto import tqdm
 
 from gemmascope import ops
 from gemmascope.experiments.pairs import Pair, paired
+from gemmascope.hooks import watched
 from gemmascope.metrics import measured
 from gemmascope.model.text import scale_as
 from gemmascope.results import Result, about
@@ -206,6 +207,9 @@ class _Run:
 
     def forward(self, run, embed: Tensor | None = None, signal: Tensor | None = None) -> Contributions:
         model = self.model
+        hooked = next((name for name, point in model.hook_dict.items() if watched(point)), None)
+        if hooked is not None:
+            raise ValueError(f"{hooked} has a hook, and a run with patched edges calls none: take it off first.")
         if embed is None:
             embed = model.embed(run.tokens) * scale_as(model.embed.weight, model.cfg.d_model)
         if model.per_layer is not None:
@@ -315,7 +319,8 @@ def run_with_edges_patched(
         embed, signal: in place of the tokens' own.
 
     Raises:
-        ValueError: for a node or an edge that is not there, or runs of different shapes.
+        ValueError: for a node or an edge that is not there, runs of different shapes, or a model with hooks, which this
+            pass does not call.
     """
     wires, run = corrupted.wiring, model._begin(tokens, attention_mask)
     run.last_only = last_only
