@@ -233,9 +233,10 @@ def test_bad_input_is_refused_in_one_sentence(change, message):
 
 def test_a_patch_without_meaning_is_refused():
     model = tiny_model("31B")
-    with torch.no_grad():
-        model.embed.weight[100] = torch.nan
-    clean = CLEAN.clone()
-    clean[0, 3] = 100
-    with pytest.raises(ValueError, match="Effects by 'head' are NaN"):
-        attribution_patching(model, clean, CORRUPTED, lambda logits: logits[:, 0, 5])
+
+    def break_clean_run(x, hook):
+        return x * torch.nan if not torch.is_grad_enabled() else x
+
+    with model.hooks(fwd_hooks=[("blocks.1.hook_resid_pre", break_clean_run)]):
+        with pytest.raises(ValueError, match="Effects by 'head' are NaN"):
+            attribution_patching(model, CLEAN, CORRUPTED, logit_gap)
