@@ -23,6 +23,16 @@ _HOME = {
     "OnHeads": "gemmascope.hooks",
     "ActivationCache": "gemmascope.cache",
     "RoutingTrace": "gemmascope.cache",
+    "Prompts": "gemmascope.readout.activations",
+    "collect": "gemmascope.readout.activations",
+    "probe": "gemmascope.readout.probing",
+    "probe_layers": "gemmascope.readout.probing",
+    "sparse_probe": "gemmascope.readout.probing",
+    "contrast_direction": "gemmascope.experiments.steering",
+    "steer_sweep": "gemmascope.experiments.steering",
+    "causal_check": "gemmascope.experiments.steering",
+    "fit_das": "gemmascope.experiments.das",
+    "interchange": "gemmascope.experiments.das",
 }
 """Public name -> the module it lives in."""
 

@@ -1,0 +1,1 @@
+"""Experiments: runs that change something, and what followed."""
