@@ -23,6 +23,14 @@ _HOME = {
     "OnHeads": "gemmascope.hooks",
     "ActivationCache": "gemmascope.cache",
     "RoutingTrace": "gemmascope.cache",
+    "Result": "gemmascope.results",
+    "Intervention": "gemmascope.interventions",
+    **dict.fromkeys(
+        "zero scale add replace patch mean resample knockout drop_expert force_expert freeze_routing freeze_norms "
+        "save_interventions load_interventions".split(),
+        "gemmascope.interventions",
+    ),
+    **dict.fromkeys("logit logit_difference log_prob prob kl_divergence".split(), "gemmascope.metrics"),
     "Prompts": "gemmascope.readout.activations",
     "collect": "gemmascope.readout.activations",
     "probe": "gemmascope.readout.probing",

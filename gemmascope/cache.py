@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from transformer_lens.utilities import Slice, get_act_name
+from transformer_lens.utilities import Slice
 
 from gemmascope import ops
 from gemmascope.decomposition import Decomposable
@@ -98,16 +98,7 @@ class ActivationCache(Decomposable):
 
     def full_name(self, key: str | tuple) -> str:
         """The hook point that a key means: its own name, or a short name and a layer, which may be negative."""
-        if isinstance(key, str):
-            return key if key in self.model.sites or key in self.cache_dict else get_act_name(key)
-        short, layer = key[0], key[1] if len(key) > 1 else None
-        if layer is None:
-            return self.full_name(short)
-        layer = range(self.model.cfg.n_layers)[layer]
-        ours = [
-            name for name in (f"blocks.{layer}.{short}", f"blocks.{layer}.hook_{short}") if name in self.model.sites
-        ]
-        return ours[0] if ours else get_act_name(short, layer, *key[2:])
+        return key if key in self.cache_dict else self.model.full_name(key)
 
     def __getitem__(self, key: str | tuple) -> Tensor:
         name = self.full_name(key)

@@ -126,6 +126,7 @@ def generate(
     attention_mask: Tensor | None = None,
     prepend_bos: bool | None = None,
     fwd_hooks: Sequence[tuple[str | Callable[[str], bool], Callable]] = (),
+    interventions=(),
     use_past_kv_cache: bool = True,
     return_cache: bool = False,
     names_filter=None,
@@ -142,6 +143,8 @@ def generate(
         temperature, top_k, top_p, seed: see `sample`; the seed makes a draw repeatable.
         stop_ids: by default the checkpoint's own end-of-sequence ids; [] for none.
         attention_mask: [batch, pos], False on padding (left), for token ids of different lengths.
+        interventions: edits in effect at every step (see `gemmascope.interventions`); their positions count from the
+            start of the sequence, negative ones from the newest token.
         return_cache: also return an ActivationCache of every position that was fed in: all but the last token.
         names_filter: what that cache holds, as in run_with_cache.
         progress: show a bar; by default for 64 new tokens and more.
@@ -172,7 +175,7 @@ def generate(
     done = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
     show = max_new_tokens >= _LONG if progress is None else progress
     bar = tqdm(total=max_new_tokens, unit="token", disable=not show, leave=False)
-    with model.hooks(fwd_hooks=list(fwd_hooks)), bar:
+    with model.with_interventions(interventions), model.hooks(fwd_hooks=list(fwd_hooks)), bar:
         for _ in range(max_new_tokens):
             run = model._begin(tokens if past is None else tokens[:, past.length :], mask, past=past)
             run.last_only = True

@@ -10,15 +10,18 @@ The points are TransformerLens's (`HookPoint`, `HookedRootModule`), with three a
 
 import difflib
 import functools
+import itertools
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+from jaxtyping import Int
 from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint, LensHandle
 from transformer_lens.HookedRootModule import HookedRootModule
-from transformer_lens.utilities import Slice
+from transformer_lens.utilities import Slice, get_act_name
 
 from gemmascope.config import Gemma4Config, LayerGeometry
 
@@ -190,6 +193,90 @@ class OnHeads:
         return tensor.index_copy(axis, index, part if new is None else new)
 
 
+def entries(part, size: int, name: str, of: str, offset: int = 0, growing: bool = False) -> list[int]:
+    """The entries of an axis of `size` that an int, a list or a slice names; None names all.
+
+    They count from `offset` entries before the first at hand and may be negative; they are returned counted from that
+    first, without those not at hand. `growing` allows for entries past the end, which are still to come.
+
+    Raises:
+        ValueError: for an entry that does not exist.
+    """
+    total = offset + size
+    if part is None or isinstance(part, slice):
+        named = range(total)[part or slice(None)]
+    else:
+        named = [part] if isinstance(part, int) else list(part)
+        wrong = next((i for i in named if i < -total or (i >= total and not growing)), None)
+        if wrong is not None:
+            raise ValueError(f"{of}: {name} {wrong} does not exist; there are {total}, counted from 0.")
+    return sorted({i - offset for i in (i + total if i < 0 else i for i in named) if offset <= i < total})
+
+
+@dataclass
+class Progress:
+    """Where in its sequence a running model stands."""
+
+    offset: int = 0
+    """Positions that came before those of this pass."""
+    growing: bool = False
+    """Whether later positions are still to come."""
+
+    def note(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        """A forward pre-hook of the model."""
+        run = args[0] if args else kwargs.get("input")
+        past = kwargs.get("past_kv_cache") or getattr(run, "past", None)
+        self.offset, self.growing = (0, False) if past is None else (past.length, True)
+
+
+class CutEdges:
+    """A hook that cuts attention edges: on hook_attn_scores it hides them, on hook_pattern it zeroes them.
+
+    A layer whose scores or pattern have such hooks only (on one of the two) stays on the fused path.
+    """
+
+    def __init__(self, where: dict, now: Progress):
+        self.where, self.now = where, now
+
+    def __call__(self, x: Tensor, hook: HookPoint) -> Tensor:
+        for box in self.boxes(x.shape, hook.name).tolist():
+            x[tuple(slice(start, stop) for start, stop in box)] = (
+                0.0 if hook.name.endswith("pattern") else float("-inf")
+            )
+        return x
+
+    def boxes(self, shape: Sequence[int], of: str) -> Int[Tensor, "box 4 2"]:
+        """The edges of scores [batch, head, query, key at hand], as half-open boxes: queries count from
+        the first of them, keys from the oldest at hand."""
+        batch, n_heads, n_queries, n_keys = shape
+        axes = []
+        for name, size in (("batch", batch), ("heads", n_heads), ("queries", n_queries), ("keys", n_keys)):
+            before = {"queries": self.now.offset, "keys": self.now.offset + n_queries - n_keys}.get(name, 0)
+            axes.append(_runs(entries(self.where.get(name), size, name, of, before, self.now.growing and before >= 0)))
+        return torch.tensor(list(itertools.product(*axes)), dtype=torch.long).view(-1, 4, 2)
+
+
+def _runs(numbers: list[int]) -> list[tuple[int, int]]:
+    """Sorted numbers as half-open ranges."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and runs[-1][1] == number:
+            runs[-1][1] = number + 1
+        else:
+            runs.append([number, number + 1])
+    return [tuple(run) for run in runs]
+
+
+def cuts_alone(*points: nn.Module) -> list[CutEdges] | None:
+    """The hooks of these points, when all of them cut edges."""
+    found = []
+    for point in points:
+        if not isinstance(point, Site) or point._backward_hooks or len(point.fwd_hooks) < len(point._forward_hooks):
+            return None
+        found += [handle.user_hook for handle in point.fwd_hooks]
+    return found if found and all(isinstance(hook, CutEdges) for hook in found) else None
+
+
 class Site(HookPoint):
     """A TransformerLens HookPoint whose writes are safe and checked."""
 
@@ -206,7 +293,7 @@ class Site(HookPoint):
     def add_hook(self, hook: Callable, dir: str = "fwd", **kwargs) -> LensHandle:
         if isinstance(hook, OnHeads):
             hook = OnHeads(hook.heads, _checked(hook.hook, self, dir))
-        elif not isinstance(hook, Reader):
+        elif not isinstance(hook, Reader | CutEdges):
             hook = _checked(hook, self, dir)
         return super().add_hook(hook, dir=dir, **kwargs)
 
@@ -351,6 +438,17 @@ class HookedModel(HookedRootModule):
             name: SiteInfo(name, "batch pos feature", "added later") for name in self.hook_dict if name not in ours
         }
         self.sites = {name: site for name, site in ours.items() if name in self.hook_dict} | added
+
+    def full_name(self, key: str | tuple) -> str:
+        """The hook point that a key means: its own name, or a short name and a layer, which may be negative."""
+        if isinstance(key, str):
+            return key if key in self.sites else get_act_name(key)
+        short, layer = key[0], key[1] if len(key) > 1 else None
+        if layer is None:
+            return self.full_name(short)
+        layer = range(self.cfg.n_layers)[layer]
+        ours = (f"blocks.{layer}.{short}", f"blocks.{layer}.hook_{short}")
+        return next((name for name in ours if name in self.sites), None) or get_act_name(short, layer, *key[2:])
 
     def _check_name(self, name: str) -> None:
         """Raises KeyError for a name that is not a live hook point of this model."""

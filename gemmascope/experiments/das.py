@@ -23,8 +23,9 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from gemmascope.hooks import SiteInfo
+from gemmascope.interventions import Site
 from gemmascope.metrics import Answer, answer_ids
-from gemmascope.readout.activations import Change, Prompts, Rows, Site, changing, collect, find_site, last_logits
+from gemmascope.readout.activations import Change, Prompts, Rows, changing, collect, find_site, last_logits
 from gemmascope.results import Result, about
 
 Texts = str | Sequence[str] | Tensor | Prompts

@@ -17,7 +17,8 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from gemmascope.hooks import SiteInfo
-from gemmascope.readout.activations import Change, Positions, Prompts, Site, changing, collect, find_site, measure
+from gemmascope.interventions import Site
+from gemmascope.readout.activations import Change, Positions, Prompts, changing, collect, find_site, measure
 from gemmascope.results import Result, about
 
 Texts = str | Sequence[str] | Tensor | Prompts

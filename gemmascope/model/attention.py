@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from gemmascope import ops
 from gemmascope.config import Gemma4Config
-from gemmascope.hooks import Part, Site, heads_touched, untouched, watched, written
+from gemmascope.hooks import Part, Site, cuts_alone, heads_touched, untouched, watched, written
 from gemmascope.model.inputs import Pass
 from gemmascope.model.norms import RMSNorm, Stream
 
@@ -157,6 +157,12 @@ class Attention(Part):
         points = self.hook_attn_scores, self.hook_pattern
         if not any(watched(point) for point in points):
             return self._fused(q, k, v, mask)
+        cuts = cuts_alone(*points)
+        if cuts is not None and sum(map(watched, points)) == 1:
+            shape = (len(q), self.n_heads, q.shape[1], k.shape[1])
+            boxes = torch.cat([cut.boxes(shape, self.hook_attn_scores.name) for cut in cuts])
+            boxes[:, 2] += k.shape[1] - q.shape[1]  # a Mask counts queries, too, from the oldest key
+            return self._fused(q, k, v, mask.with_knockouts(boxes, renormalize=watched(self.hook_attn_scores)))
         heads = heads_touched(*points)
         explicit = heads is None and any(written(point) for point in points)
         z = None if explicit else self._fused(q, k, v, mask)
@@ -166,7 +172,14 @@ class Attention(Part):
             of = torch.tensor(heads, device=q.device)
             q, (k, v) = q[:, :, of], (x[:, :, of // (self.n_heads // x.shape[2])] for x in (k, v))
         self.hook_attn_scores.heads = self.hook_pattern.heads = heads
-        pattern = self.hook_pattern(self.hook_attn_scores(ops.attention_scores(q, k, mask)).softmax(-1))
+        scores = self.hook_attn_scores(ops.attention_scores(q, k, mask))
+        pattern = self.hook_pattern(_softmax(scores) if written(self.hook_attn_scores) else scores.softmax(-1))
         if explicit:
             return ops.mix_values(pattern, v)
         return z if heads is None else z.index_copy(2, of, ops.mix_values(pattern, v))
+
+
+def _softmax(scores: Tensor) -> Tensor:
+    """The softmax of each row; a row whose edges a hook has all cut attends to nothing."""
+    empty = (scores == float("-inf")).all(-1, keepdim=True)
+    return scores.masked_fill(empty, 0).softmax(-1).masked_fill(empty, 0)

@@ -1,5 +1,6 @@
 """What TransformerLens users and tools expect of a model, apart from its arithmetic: caching, text, named weights."""
 
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import torch
@@ -8,7 +9,8 @@ from torch import Tensor
 
 from gemmascope.cache import ActivationCache
 from gemmascope.generate import KVCache, generate
-from gemmascope.hooks import HookedModel
+from gemmascope.hooks import HookedModel, Progress
+from gemmascope.interventions import hooks_of
 from gemmascope.tokenizer import Gemma4Tokenizer
 
 
@@ -37,30 +39,47 @@ class LensModel(HookedModel):
         past_kv_cache: KVCache | None = None,
         image_blocks: Tensor | None = None,
         prepend_bos: bool | None = None,
+        interventions=(),
         **run_kwargs,
     ):
         """TransformerLens's run_with_cache: (what forward returns, an ActivationCache).
 
         Attention patterns and scores, per-head results and per-slot expert outputs are stored only when `names_filter`
         names them; asked for later, they are recomputed from what is stored. `incl_bwd` runs backward from the output,
-        so it needs return_type="loss". Other arguments are forward's.
+        so it needs return_type="loss". `interventions` are in effect: what is cached is what they left. Other arguments
+        are forward's.
         """
         run = self._begin(input, attention_mask, position_ids, past_kv_cache, image_blocks, prepend_bos)
         if remove_batch_dim and len(run.tokens) > 1:
             raise ValueError(f"remove_batch_dim needs one prompt, and there are {len(run.tokens)}.")
         if incl_bwd and (run_kwargs.get("return_type") != "loss" or run_kwargs.get("loss_per_token")):
             raise ValueError('incl_bwd runs backward from one number: pass return_type="loss".')
-        changed = self.changed_expansions()
-        stored, fwd, bwd = self.get_caching_hooks(names_filter, incl_bwd, device, remove_batch_dim, None, pos_slice)
-        with self.hooks(fwd, bwd, reset_hooks_end, clear_contexts):
-            out = self(run, **run_kwargs)
-            if incl_bwd:
-                out.backward()
-            else:
-                changed |= self.changed_expansions()  # a hook may have added another
+        with self.with_interventions(interventions):
+            changed = self.changed_expansions()
+            stored, fwd, bwd = self.get_caching_hooks(names_filter, incl_bwd, device, remove_batch_dim, None, pos_slice)
+            with self.hooks(fwd, bwd, reset_hooks_end, clear_contexts):
+                out = self(run, **run_kwargs)
+                if incl_bwd:
+                    out.backward()
+                else:
+                    changed |= self.changed_expansions()  # a hook may have added another
         if not return_cache_object:
             return out, stored
         return out, ActivationCache(stored, self, not remove_batch_dim, run.masks, pos_slice, changed, run.mask)
+
+    @contextmanager
+    def with_interventions(self, interventions):
+        """Interventions (see `gemmascope.interventions`; lists may be nested) are in effect inside the `with` block."""
+        if not interventions:
+            yield self
+            return
+        now = Progress()
+        handle = self.register_forward_pre_hook(now.note, with_kwargs=True)
+        try:
+            with self.hooks(fwd_hooks=hooks_of(self, interventions, now)):
+                yield self
+        finally:
+            handle.remove()
 
     def generate(self, input, max_new_tokens: int = 32, **kwargs):
         """Continues a prompt. See `gemmascope.generate.generate` for its arguments."""

@@ -265,6 +265,7 @@ class HookedGemma4(LensModel):
         past_kv_cache: KVCache | None = None,
         image_blocks: Int[Tensor, "batch key"] | None = None,
         prepend_bos: bool | None = None,
+        interventions=(),
     ):
         """Runs the model.
 
@@ -280,6 +281,7 @@ class HookedGemma4(LensModel):
             past_kv_cache: keys and values of earlier tokens; the new ones are added to it.
             image_blocks: [batch, past + pos], the number of each position's image, -1 for text (12B, 26B-A4B, 31B).
             prepend_bos: overrides the tokenizer's rule for text.
+            interventions: edits of this run (see `gemmascope.interventions`).
 
         Returns:
             logits [batch, pos, d_vocab], the loss, both as a tuple, or None.
@@ -290,6 +292,9 @@ class HookedGemma4(LensModel):
         run = input if isinstance(input, Pass) else self._begin(
             input, attention_mask, position_ids, past_kv_cache, image_blocks, prepend_bos
         )  # fmt: skip
+        if interventions:
+            with self.with_interventions(interventions):
+                return self(run, return_type=return_type, loss_per_token=loss_per_token, stop_at_layer=stop_at_layer)
         stop = self._stop(stop_at_layer, run)
         if return_type not in ("logits", "loss", "both", None):
             raise ValueError(f"return_type is {return_type!r}; it is 'logits', 'loss', 'both' or None.")

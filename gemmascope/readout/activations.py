@@ -12,12 +12,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from gemmascope import ops
-from gemmascope.cache import ActivationCache
 from gemmascope.hooks import Reader, SiteInfo
+from gemmascope.interventions import Site
 from gemmascope.metrics import measured
 
-Site = str | tuple[str, int]
-"""A hook point's own name, or a short name and a layer: "blocks.3.hook_resid_post" or ("resid_post", 3)."""
 Positions = int | Sequence[int] | Sequence[Sequence[int]] | Tensor | None
 """One position for all prompts, one for each, several for each, or None for every token."""
 Change = Callable[[Float[Tensor, "row d"], Int[Tensor, " row"]], Float[Tensor, "row d"]]
@@ -122,14 +120,6 @@ class Prompts(NamedTuple):
             yield self.batch(torch.arange(start, min(start + size, self.n)), rows, trim)
 
 
-def site_name(model, site: Site) -> str:
-    """The full name that `site` means; whether the model has it is for `find_site` to say."""
-    if isinstance(site, str):
-        return site
-    model.layer(site[1])  # raises, saying which layers there are
-    return ActivationCache({}, model).full_name(site)
-
-
 def find_site(model, site: Site, *, write: bool = False) -> SiteInfo:
     """The hook point that `site` means, checked: it has positions, and figures that can be read, or changed.
 
@@ -137,7 +127,7 @@ def find_site(model, site: Site, *, write: bool = False) -> SiteInfo:
         KeyError: for a name that is no hook point; the nearest are given.
         ValueError: for a layer out of range, a site without positions, or one of integers; with `write`, one of slots.
     """
-    name = site_name(model, site)
+    name = model.full_name(site)
     model._check_name(name)
     info = model.sites[name]
     axes = info.axes.split()

@@ -28,7 +28,7 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from gemmascope.readout.activations import Positions, Prompts, collect, find_site, site_name
+from gemmascope.readout.activations import Positions, Prompts, collect, find_site
 from gemmascope.results import Result, about
 
 Kind = Literal["logistic", "ridge", "mass-mean"]
@@ -188,7 +188,7 @@ def _splits(
     for train, test in splits:
         if not len(test) or (kind != "ridge" and len(np.unique(y[train])) < len(np.unique(y))):
             raise ValueError(
-                "The groups leave a fold with a class unlearnt, or with nothing to test: take fewer folds or finer groups."
+                "The groups leave a fold with a class unlearnt, or nothing to test: take fewer folds or finer groups."
             )
     return splits
 
@@ -309,7 +309,7 @@ def probe_layers(
 
 def _layers_with(model, site: str) -> list[int]:
     """Every layer where a short name means a site; raises as `find_site` does where none has it."""
-    having = [layer for layer in range(model.cfg.n_layers) if site_name(model, (site, layer)) in model.sites]
+    having = [layer for layer in range(model.cfg.n_layers) if model.full_name((site, layer)) in model.sites]
     if not having:
         find_site(model, (site, 0))
     return having
