@@ -127,6 +127,8 @@ def find_site(model, site: Site, *, write: bool = False) -> SiteInfo:
         KeyError: for a name that is no hook point; the nearest are given.
         ValueError: for a layer out of range, a site without positions, or one of integers; with `write`, one of slots.
     """
+    if isinstance(site, tuple):
+        model.layer(site[1])  # raises, saying which layers there are
     name = model.full_name(site)
     model._check_name(name)
     info = model.sites[name]

@@ -12,7 +12,7 @@ Whether the model uses what a probe reads is another question: see gemmascope.ex
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pandas
@@ -31,16 +31,16 @@ from tqdm.auto import tqdm
 from gemmascope.readout.activations import Positions, Prompts, collect, find_site
 from gemmascope.results import Result, about
 
-Kind = Literal["logistic", "ridge", "mass-mean"]
 Labels = Sequence[Hashable] | np.ndarray | Tensor
 UNITS = {"logistic": "accuracy", "ridge": "R^2", "mass-mean": "accuracy"}
+"""The kinds of probe, and what each is scored in."""
 
 
 @dataclass(frozen=True)
 class Probe:
     """A probe fitted to all examples, and how it does on those it has not seen."""
 
-    kind: Kind
+    kind: str
     classes: list[Any]
     """Two classes have one direction, from the first to the second; more have one each; a ridge has no classes."""
     directions: Float[Tensor, "direction d"]
@@ -93,7 +93,7 @@ class MassMean(ClassifierMixin, BaseEstimator):
 def probe(
     activations: Float[Tensor, "example d"],
     labels: Labels,
-    kind: Kind = "logistic",
+    kind: str = "logistic",
     *,
     folds: int = 5,
     groups: Labels | None = None,
@@ -106,6 +106,7 @@ def probe(
 
     Args:
         labels: one for each example: classes, or numbers for "ridge".
+        kind: "logistic", "ridge" or "mass-mean".
         groups: examples of one group (a template, a subject) are never on both sides of a split.
         l2: the weight penalty, on standardised activations: scikit-learn's alpha, or 1 / C. "mass-mean" has none.
         control: also train on random labels. These are the labels shuffled, or, with `types` (each example's word,
@@ -128,7 +129,7 @@ def probe(
     return Probe(kind, classes, directions, bias, scores, chance, control_scores)
 
 
-def _arrays(activations: Tensor, labels: Labels, kind: Kind) -> tuple[np.ndarray, np.ndarray]:
+def _arrays(activations: Tensor, labels: Labels, kind: str) -> tuple[np.ndarray, np.ndarray]:
     if kind not in UNITS:
         raise ValueError(f"There is no probe {kind!r}: take {', '.join(UNITS)}.")
     x = activations.detach().double().cpu().numpy()
@@ -154,7 +155,7 @@ def _array(labels: Labels) -> np.ndarray:
     return labels.detach().cpu().numpy() if isinstance(labels, Tensor) else np.asarray(labels)
 
 
-def _estimator(kind: Kind, l2: float) -> BaseEstimator:
+def _estimator(kind: str, l2: float) -> BaseEstimator:
     match kind:
         case "logistic":
             return make_pipeline(StandardScaler(), LogisticRegression(C=1 / l2, max_iter=2000))
@@ -165,7 +166,7 @@ def _estimator(kind: Kind, l2: float) -> BaseEstimator:
 
 
 def _splits(
-    y: np.ndarray, kind: Kind, folds: int, groups: Labels | None, seed: int
+    y: np.ndarray, kind: str, folds: int, groups: Labels | None, seed: int
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """(training, held-out) examples of each fold, the classes in equal shares where there are classes."""
     what, n = ("examples", len(y)) if groups is None else ("groups", len(set(_array(groups).tolist())))
@@ -198,7 +199,7 @@ def _scores(estimator: BaseEstimator, x: np.ndarray, y: np.ndarray, splits: list
     return torch.tensor([one.score(x[test], y[test]) for one, test in fitted], dtype=torch.float32)
 
 
-def _control_labels(y: np.ndarray, types: Labels | None, kind: Kind, folds: int, seed: int) -> np.ndarray:
+def _control_labels(y: np.ndarray, types: Labels | None, kind: str, folds: int, seed: int) -> np.ndarray:
     rng = np.random.default_rng(seed)
     if types is None:
         return rng.permutation(y)
@@ -265,7 +266,7 @@ def probe_layers(
     site: str = "resid_post",
     layers: Sequence[int] | None = None,
     *,
-    kind: Kind = "logistic",
+    kind: str = "logistic",
     positions: Positions = -1,
     folds: int = 5,
     groups: Labels | None = None,
