@@ -87,7 +87,7 @@ def test_runs_end_after_the_last_layer_asked_for_and_keep_only_the_rows(nano, mo
         (dict(sites=("resid_pots", 1)), "hook_resid_post"),
         (dict(sites=("resid_post", 9)), "layers 0 to 5"),
         (dict(positions=[1, 2]), "positions for 2 prompts and 3 prompts"),
-        (dict(positions=40), "Prompt 0 has 16 tokens and no position 40"),
+        (dict(positions=40), "Prompt 0 has 15 tokens and no position 40"),
         (dict(positions=[[], [], []]), "empty"),
         (dict(prompts=gs.Prompts(torch.ones(2, 4).long(), torch.ones(2, 3).bool())), r"\[2, 3\]"),
         (dict(prompts=gs.Prompts(torch.ones(2, 4).long(), torch.tensor([[1] * 4, [0] * 4]).bool())), "all padding"),
@@ -102,18 +102,17 @@ def test_collect_says_what_is_wrong(nano, change, message):
 
 
 def planted(n=300, d=23, distance=3.0):
-    """Two classes that differ along one direction; other directions are up to 30 times as wide."""
-    wide = torch.logspace(0, 1.5, d)
+    """Two classes `distance` apart along one direction, where their noise is 0.5; elsewhere it is 1."""
     direction = torch.nn.functional.normalize(torch.randn(d), dim=0)
     labels = torch.randint(2, (n,))
     noise = torch.randn(n, d)
-    noise -= torch.outer(noise @ direction, direction) * 0.8
-    return (noise + torch.outer(labels * distance, direction)) * 1.0, labels, direction, wide
+    noise -= torch.outer(noise @ direction, direction) * 0.5
+    return noise + torch.outer(labels * distance, direction), labels, direction
 
 
 @pytest.mark.parametrize("kind", ["logistic", "mass-mean", "ridge"])
 def test_a_planted_direction_is_found_and_the_control_is_at_chance(kind):
-    x, y, direction, _ = planted()
+    x, y, direction = planted()
     found = gs.probe(x, y, kind)
     assert torch.cosine_similarity(found.direction, direction, dim=0) > 0.95
     if kind == "ridge":
@@ -135,7 +134,8 @@ def test_mass_mean_is_the_difference_of_means():
 
 
 def test_directions_are_in_activation_space_however_wide_its_axes():
-    x, y, _, wide = planted()
+    x, y, _ = planted()
+    wide = torch.logspace(0, 1.5, x.shape[1])
     narrow, scaled = gs.probe(x, y, control=False), gs.probe(x * wide + 7, y, control=False)
     torch.testing.assert_close(scaled.directions * wide, narrow.directions, rtol=1e-3, atol=1e-4)
     assert scaled.predict(x * wide + 7) == narrow.predict(x)
@@ -175,8 +175,8 @@ def test_k_sparse_finds_the_planted_neurons():
     x[:, 19] -= 3 * y
     scores, chosen, chance = k_sparse(x, y, [1, 2, 5])
     assert chosen[2] == [7, 19] and chosen[1] == [7] and chosen[5][:2] == [7, 19]
-    assert scores[0, 1].mean() > 0.97 > scores[0, 0].mean() > 0.9
-    assert scores[1, 0].mean() < 0.7 and abs(chance.mean() - 0.5) < 0.1
+    assert scores[0, 1].mean() > 0.98 > scores[0, 0].mean() > 0.9
+    assert scores[1, 0].median() < 0.6 and abs(chance.mean() - 0.5) < 0.1
 
 
 GOOD = torch.randn(20, 3, generator=torch.Generator().manual_seed(3))
@@ -219,11 +219,14 @@ def test_the_indirect_object_becomes_readable_before_it_is_said(nano):
     found = gs.probe_layers(nano, prompts, answers, folds=3)
     table = found.table.set_index("layer")
     assert list(table.index) == list(range(6))
-    assert table["value"][0] < 0.8 and table["value"][3:].min() > 0.99
-    assert table["control"].max() < 0.5
-    assert found.directions[5].shape == (4, nano.cfg.d_model)
-    assert found.scores.baselines["chance"].mean() < 0.4
+    assert table["value"][0] < 0.9 and table["value"][1:].min() > 0.99
+    assert table["control"].between(0.35, 0.65).all()
+    assert found.directions[5].shape == (1, nano.cfg.d_model)
+    torch.testing.assert_close(found.scores.baselines["chance"], torch.full((3,), 0.5))
     assert len(found.plot().data) == 1
+    # Before the first layer the last token knows nothing of the others.
+    before = gs.probe_layers(nano, prompts, answers, "resid_pre", [0], folds=3)
+    assert float(before.scores.mean) == pytest.approx(0.5, abs=0.05)
 
 
 def test_languages_are_readable_and_expert_neurons_tell_them_apart(nano):
@@ -237,7 +240,7 @@ def test_languages_are_readable_and_expert_neurons_tell_them_apart(nano):
     tavi = [language == "tavi" for language in which]
     experts = gs.sparse_probe(nano, tokens, tavi, 2, experts=True, ks=(1, 4), **settings)
     table = experts.scores.table.set_index(["neurons", "k"])["value"]
-    assert table["chosen", 4] > 0.95 > table["random", 4]
+    assert table["chosen", 4] > 0.9 > 0.8 > table["random", 4]
     expert, neuron = experts.neurons[1][0]
     assert 0 <= expert < nano.cfg.n_experts and 0 <= neuron < nano.cfg.d_expert
     dense = gs.sparse_probe(nano, tokens, tavi, 2, ks=(1, 4), **settings)

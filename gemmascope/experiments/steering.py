@@ -92,7 +92,7 @@ def steer_sweep(
     prompts: Texts,
     direction: Float[Tensor, " d"],
     site: Site,
-    strengths: Sequence[float],
+    strengths: Sequence[int | float],
     metric: Callable[[Tensor], Tensor],
     *,
     neutral: Texts,
