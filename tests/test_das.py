@@ -131,7 +131,7 @@ def test_home_and_job_of_a_person_lie_in_subspaces_of_their_own():
                 pairs.append((job[0].prompt(1), home[1].prompt(1), " " + job[0].value, "isolate"))
     rng.shuffle(pairs)
     base, source, answers, kinds = map(list, zip(*pairs[:600], strict=True))
-    found = gs.fit_das(model, base, source, answers, ("resid_post", 2), 32, positions=2, steps=80)
+    found = gs.fit_das(model, base, source, answers, ("resid_post", 2), 32, positions=2, steps=60)
     cause = torch.tensor([kinds[pair] == "cause" for pair in found.held_out.tolist()])
     by_kind = torch.stack([found.accuracy.values[:, part].mean(1) for part in (cause, ~cause)])
     (cause_learned, cause_random, cause_shuffled), (isolate_learned, isolate_random, _) = by_kind.tolist()

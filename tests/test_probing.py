@@ -256,3 +256,23 @@ def test_probe_layers_takes_the_layers_that_have_the_site(tmp_path):
     assert torch.equal(gs.Result.load(tmp_path).values, found.scores.values)
     with pytest.raises(KeyError, match="moe.hook_out"):
         gs.probe_layers(model, tokens, [0, 1] * 15, "moe.hook_out")
+
+
+def test_labels_that_cannot_be_probed_are_said_before_anything_runs(nano, monkeypatch):
+    monkeypatch.setattr(nano, "forward", None)
+    for labels, message in (([1, 0], "3 activations came with labels of shape"), ([1, 0, 0], "Class 1 has 1 examples")):
+        with pytest.raises(ValueError, match=message):
+            gs.probe_layers(nano, TEXTS, labels, folds=2)
+
+
+def test_bfloat16_activations_are_collected_as_they_are_and_probed():
+    model = tiny_model("26B-A4B").bfloat16()
+    tokens = torch.randint(3, 101, (30, 6))
+    site = ("resid_post", 2)
+    found = gs.collect(model, tokens, site)[site]
+    _, cache = model.run_with_cache(tokens, names_filter=model.full_name(site))
+    assert found.dtype == torch.bfloat16 and torch.equal(found, cache[site][:, -1])
+    probe = gs.probe(found, tokens[:, -1] > 50)
+    assert len(probe.predict(found)) == 30
+    check = gs.causal_check(model, tokens, site, probe.direction, gs.logit(model, 7), n_random=1)
+    assert check.done.all() and (check.values[0] - check.baselines["unedited"]).abs().max() > 0

@@ -74,6 +74,8 @@ class _Pairs(NamedTuple):
         values = collect(model, source, info.name, **settings)[info.name]
         if not len(rows.prompt) == len(values) == base.n:
             raise ValueError("An interchange has one position in each prompt: give an int, or one for each pair.")
+        if not values.isfinite().all():
+            raise ValueError(f"A source's activation at {info.name} is not finite: there is nothing to interchange.")
         return cls(model, info, base, rows, values.float())
 
     def logits(self, pairs: Int[Tensor, " pair"], basis: Float[Tensor, "d k"] | None) -> Float[Tensor, "pair d_vocab"]:

@@ -48,8 +48,8 @@ def contrast_direction(
     settings = dict(positions=positions, batch_size=batch_size, progress=progress)
     up, down = (collect(model, side, site, **settings)[site].float() for side in (positive, negative))
     direction = up.mean(0) - down.mean(0)
-    if not direction.any():
-        raise ValueError(f"Both sides have the same mean at {site}: there is no direction between them.")
+    if not direction.isfinite().all() or not direction.any():
+        raise ValueError(f"At {site} both sides have the same mean, or one that is not finite: no direction between.")
     return direction * torch.cat((up, down)).norm(dim=-1).mean() / direction.norm() if normalise else direction
 
 

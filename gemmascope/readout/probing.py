@@ -130,25 +130,30 @@ def probe(
 
 
 def _arrays(activations: Tensor, labels: Labels, kind: str) -> tuple[np.ndarray, np.ndarray]:
-    if kind not in UNITS:
-        raise ValueError(f"There is no probe {kind!r}: take {', '.join(UNITS)}.")
     x = activations.detach().double().cpu().numpy()
-    y = _array(labels)
-    if y.ndim != 1 or len(y) != len(x):
-        raise ValueError(f"{len(x)} activations came with labels of shape {list(y.shape)}: give one for each.")
+    y = _classes_or_numbers(labels, len(x), kind)
     bad = np.flatnonzero(~np.isfinite(x).all(1))
     if len(bad):
         raise ValueError(f"The activations of example {bad[0]} are not all finite: a probe cannot be fitted to them.")
+    return x, y
+
+
+def _classes_or_numbers(labels: Labels, n: int, kind: str) -> np.ndarray:
+    if kind not in UNITS:
+        raise ValueError(f"There is no probe {kind!r}: take {', '.join(UNITS)}.")
+    y = _array(labels)
+    if y.ndim != 1 or len(y) != n:
+        raise ValueError(f"{n} activations came with labels of shape {list(y.shape)}: give one for each.")
     if kind == "ridge":
         if y.dtype.kind not in "iuf" or not np.isfinite(y).all():
             raise ValueError(f"A ridge probe needs finite numbers as labels, and {labels[0]!r}, ... came.")
-        return x, y.astype(float)
+        return y.astype(float)
     classes = np.unique(y).tolist()
     if len(classes) < 2:
         raise ValueError(f"All labels are {classes[0] if classes else 'missing'}: a probe needs two classes at least.")
     if kind == "mass-mean" and len(classes) > 2:
         raise ValueError(f"A mass-mean probe tells two classes apart, and the labels have {len(classes)}.")
-    return x, y
+    return y
 
 
 def _array(labels: Labels) -> np.ndarray:
@@ -287,9 +292,12 @@ def probe_layers(
     Raises:
         KeyError, ValueError: as `collect` and `probe` do.
     """
+    given = Prompts.of(model, prompts)
+    # Before anything runs: labels that cannot be probed.
+    _splits(_classes_or_numbers(labels, len(given.rows(positions).prompt), kind), kind, folds, groups, seed)
     layers = _layers_with(model, site) if layers is None else list(layers)
     at = {layer: (site, layer) for layer in layers}
-    found = collect(model, prompts, list(at.values()), positions=positions, batch_size=batch_size, progress=progress)
+    found = collect(model, given, list(at.values()), positions=positions, batch_size=batch_size, progress=progress)
     settings = dict(folds=folds, groups=groups, l2=l2, control=control, types=types, seed=seed)
     probes = {
         layer: probe(found.pop(key), labels, kind, **settings)
