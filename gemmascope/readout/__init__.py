@@ -1,1 +1,1 @@
-"""Reading a run: what each layer already predicts, what wrote the answer, and what each head does."""
+"""What can be read from a model: lenses, attribution, heads, probes."""
