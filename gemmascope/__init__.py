@@ -18,7 +18,8 @@ _CONTENTS = {
     "weights": "load",
     "config": "Gemma4Config PRESETS",
     "model.text": "HookedGemma4",
-    "hooks": "SITES OnHeads",
+    "sites": "SITES",
+    "hooks": "OnHeads",
     "cache": "ActivationCache RoutingTrace",
     "interventions": "Intervention zero scale add replace patch mean resample knockout drop_expert force_expert "
     "freeze_routing freeze_norms save_interventions load_interventions",
@@ -28,6 +29,7 @@ _CONTENTS = {
     "experiments.patching": "activation_patching aligned",
     "experiments.knockouts": "attention_knockout attention_to",
     "experiments.edges": "edge_patching",
+    "experiments.paths": "path_patching",
     "experiments.attribution": "attribution_patching",
     "experiments.circuits": "edge_attribution",
     "experiments.steering": "contrast_direction steer_sweep causal_check",

@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 
 from gemmascope.cache import ActivationCache
 from gemmascope.config import Gemma4Config
-from gemmascope.hooks import SiteInfo
+from gemmascope.sites import SiteInfo
 
 _LONG = 64
 """New tokens from which a progress bar is shown."""

@@ -21,7 +21,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from gemmascope.hooks import CutEdges, Progress, SiteInfo, entries
+from gemmascope.hooks import CutEdges, Progress, entries
+from gemmascope.sites import SiteInfo
 
 Site = str | tuple[str, int]
 """A hook point's name, or a short name and a layer: "blocks.3.attn.hook_z" or ("z", 3)."""

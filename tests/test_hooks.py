@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import gemmascope as gs
-from gemmascope.hooks import SITES, sites_of
+from gemmascope.sites import SITES, sites_of
 from gemmascope.testing import ARCHITECTURES, tiny_config, tiny_model
 
 N_POS = 11  # past the window of 7

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import gemmascope as gs
-from gemmascope.hooks import sites_of
+from gemmascope.sites import sites_of
 from gemmascope.testing import ARCHITECTURES, tiny_model
 
 TOKENS = torch.randint(3, 101, (3, 13), generator=torch.Generator().manual_seed(1))

@@ -22,11 +22,11 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from gemmascope.hooks import SiteInfo
 from gemmascope.interventions import Site
 from gemmascope.metrics import Answer, answer_ids
 from gemmascope.readout.activations import Change, Prompts, Rows, changing, collect, find_site, last_logits
 from gemmascope.results import Result, about
+from gemmascope.sites import SiteInfo
 
 Texts = str | Sequence[str] | Tensor | Prompts
 OnePosition = int | Sequence[int] | Tensor

@@ -6,7 +6,8 @@ some terms taken from another run:
 1. a sender's contribution is what it adds to the stream, through the post-norms with the scale that its own run had;
 2. a reader's input is the stream less, for each of its cut edges, (contribution now - contribution in the corrupted
    run), times the layer scalars in between;
-3. readers norm that input as the model does (live), and what they compute is the contribution "now" of later edges.
+3. readers norm that input as the model does (live; or with the scale of the stream without its cuts, frozen), and what
+   they compute is the contribution "now" of later edges.
 
 Queries, keys and values of each head, the dense MLP, the router, the experts (as one, or each), the gate of the
 per-layer embedding and its signal, and the logits are separate readers. Keys and values have a reader for each kv head,
@@ -160,10 +161,12 @@ class _Run:
     """One forward pass, block by block, every reader with an input of its own.
 
     `cut` says how much of each edge comes from `corrupted`: a part of (now - corrupted) is taken from the reader's
-    input. `fixed` is taken in place of now, for gradients at a point that is not the clean run (EAP-IG).
+    input. `fixed` is taken in place of now, for gradients at a point that is not the clean run (EAP-IG). With `frozen`,
+    readers norm with the scale of the whole stream (all but the router, which has a norm of its own inside).
     """
 
-    def __init__(self, model, wires: Wiring, cut=None, corrupted=None, fixed=None):
+    def __init__(self, model, wires: Wiring, cut=None, corrupted=None, fixed=None, frozen: bool = False):
+        self.frozen = frozen
         self.model, self.wires, self.cut, self.corrupted, self.fixed = model, wires, cut, corrupted, fixed
         self.written: dict[Group, Tensor] = {}
         self.differences: dict[Group, Tensor] = {}
@@ -189,6 +192,11 @@ class _Run:
                 prompts = torch.arange(len(x), device=x.device)[:, None, None]
                 x = x - torch.einsum("bpks,bspd->bkpd", part[prompts, chosen], difference)
         return x
+
+    def normed(self, norm, group: Group, chosen: Tensor | None = None) -> Float[Tensor, "batch reader pos d_model"]:
+        """The input of each reader of a group, as its norm gives it."""
+        x = self.seen(group, chosen)
+        return x * _frozen(norm, self.x)[:, None] if self.frozen else norm(x)
 
     def write(self, group: Group, contribution: Float[Tensor, "batch sender pos d_model"]) -> None:
         self.x = self.x + contribution.sum(1) if group[0] is not None else contribution[:, 0]
@@ -224,16 +232,15 @@ class _Run:
                 self.write((layer, "ple"), block.ple_ln_post(out)[:, None])
             self.x = self.x * block.layer_scalar
             self.scalars = {group: scalar * block.layer_scalar for group, scalar in self.scalars.items()}
-        x = self.seen((None, "logits"))[:, 0]
-        x = x[:, -1:] if run.last_only else x
-        logits = model.softcap(model.unembed(model.ln_final(x)))
+        x = self.normed(model.ln_final, (None, "logits"))[:, 0]
+        logits = model.softcap(model.unembed(x[:, -1:] if run.last_only else x))
         return Contributions(self.wires, self.written, signal, logits)
 
     def _attention(self, layer: int, block, run) -> None:
         attn, shape = block.attn, block.geometry
 
         def project(what: str, weight: Tensor) -> Tensor:
-            return torch.einsum("bhpd,hde->bphe", block.ln1(self.seen((layer, what))), weight)
+            return torch.einsum("bhpd,hde->bphe", self.normed(block.ln1, (layer, what)), weight)
 
         q = ops.rotate(attn.q_norm(project("q", attn.W_Q)), *run.rope[shape.kind])
         if shape.kv_source is None:
@@ -245,7 +252,7 @@ class _Run:
         self.write((layer, "attn"), results * _frozen(block.ln1_post, results.sum(1))[:, None])
 
     def _feed_forward(self, layer: int, block) -> None:
-        dense = block.mlp(block.ln2(self.seen((layer, "mlp"))[:, 0]))
+        dense = block.mlp(self.normed(block.ln2, (layer, "mlp"))[:, 0])
         if block.moe is None:
             return self.write((layer, "mlp"), block.ln2_post(dense)[:, None])
         dense = block.dense_ln_post(dense)
@@ -257,7 +264,7 @@ class _Run:
             outs = torch.zeros(*total.shape[:2], self.model.cfg.n_experts, total.shape[-1]).type_as(total)
             outs = outs.scatter_add(2, to, slots).transpose(1, 2)
         else:
-            total = block.moe(block.moe_ln_pre(self.seen((layer, "experts"))[:, 0]), choice)
+            total = block.moe(self.normed(block.moe_ln_pre, (layer, "experts"))[:, 0], choice)
             outs = total[:, None]
         outs = outs * _frozen(block.moe_ln_post, total)[:, None]
         joint = _frozen(block.ln2_post, dense + outs.sum(1))
@@ -267,7 +274,7 @@ class _Run:
     def _slots(self, layer: int, block, choice) -> Float[Tensor, "batch pos slot d_model"]:
         """Each slot's weighted output, each expert with an input of its own."""
         indices, moe = choice[0], block.moe
-        x = block.moe_ln_pre(self.seen((layer, "experts"), indices)).transpose(1, 2)
+        x = self.normed(block.moe_ln_pre, (layer, "experts"), indices).transpose(1, 2)
         rows = x.expand(*indices.shape, -1).flatten(0, 2)
         both = ops.grouped_linear(rows, indices.flatten(), moe.gate_up_proj).unflatten(0, indices.shape)
         return moe.down(ops.geglu(*both.chunk(2, dim=-1)), choice)
@@ -299,6 +306,7 @@ def run_with_edges_patched(
     attention_mask: Tensor | None = None,
     *,
     last_only: bool = False,
+    frozen: bool = False,
     fixed: Contributions | None = None,
     embed: Float[Tensor, "batch pos d_model"] | None = None,
     signal: Float[Tensor, "batch pos layer d_ple"] | None = None,
@@ -315,6 +323,7 @@ def run_with_edges_patched(
             of each edge is patched (`Wiring.cut` stacked: one for each prompt, or one for all). Its gradient at 0 is
             edge attribution.
         last_only: give the logits of the last position only: [batch, 1, d_vocab].
+        frozen: readers norm their input with the scale of the stream as it is without their cuts.
         fixed: what senders are taken to contribute now, in place of what they do.
         embed, signal: in place of the tokens' own.
 
@@ -341,7 +350,7 @@ def run_with_edges_patched(
             f"There are {len(cut)} sets of edges for {len(run.tokens)} prompts: give one, or one for each."
         )
     cut = cut.to(device=model.cfg.device, dtype=model.cfg.dtype)
-    return _Run(model, wires, cut, corrupted, fixed).forward(run, embed, signal).logits
+    return _Run(model, wires, cut, corrupted, fixed, frozen).forward(run, embed, signal).logits
 
 
 def edge_patching(
@@ -349,9 +358,10 @@ def edge_patching(
     clean,
     corrupted,
     metric,
-    edges: Iterable[Edge] | None = None,
+    edges: Iterable[Edge | Iterable[Edge]] | None = None,
     *,
     experts: bool = False,
+    norms: str = "live",
     attention_mask: Tensor | None = None,
     cells_per_forward: int = 32,
 ) -> Result:
@@ -360,38 +370,43 @@ def edge_patching(
     Args:
         clean, corrupted: prompts and their corrupted versions, of one length.
         metric: a function of logits [prompt, pos, d_vocab] that gives a figure a prompt.
-        edges: which; all by default.
+        edges: which; all by default. A set of edges is one cell, its edges patched together.
         experts: each routed expert a node.
+        norms: "live", as the model norms what a reader gets; or "frozen", with the scale it would have unpatched.
         cells_per_forward: how many edges share one forward pass; memory grows with it.
 
     Returns:
-        a Result with a cell for each edge, axes "sender" and "receiver", the metric after the patch by prompt, and the
-        baselines "clean" and "corrupted".
+        a Result with a cell for each edge (of a set: its first), axes "sender" and "receiver", the metric after the
+        patch by prompt, and the baselines "clean" and "corrupted".
     """
     pair: Pair = paired(model, clean, corrupted, attention_mask)
+    if norms not in ("live", "frozen"):
+        raise ValueError(f"norms is {norms!r}; it is 'live' or 'frozen'.")
     edges = wiring(model, experts).edges if edges is None else list(edges)
+    cells = [[edge] if isinstance(edge[0], str) else list(edge) for edge in edges]
     b, values, last_only = len(pair.clean), [], getattr(metric, "last_only", False)
     with torch.no_grad():
         other = contributions(model, pair.corrupted, pair.mask, experts, last_only)
         clean_logits = run_with_edges_patched(model, pair.clean, other, [], pair.mask, last_only=last_only)
         baselines = {"clean": measured(metric, clean_logits), "corrupted": measured(metric, other.logits)}
-        for start in tqdm(range(0, len(edges), cells_per_forward), desc="edges", delay=1, leave=False):
-            some = edges[start : start + cells_per_forward]
+        for start in tqdm(range(0, len(cells), cells_per_forward), desc="edges", delay=1, leave=False):
+            some = cells[start : start + cells_per_forward]
             n = len(some)
             logits = run_with_edges_patched(
                 model,
                 pair.clean.repeat(n, 1),
                 other.repeated(n),
-                [{edge} for edge in some for _ in range(b)],
+                [set(cell) for cell in some for _ in range(b)],
                 None if pair.mask is None else pair.mask.repeat(n, 1),
                 last_only=last_only,
+                frozen=norms == "frozen",
             )
             values += [measured(metric, part) for part in logits.split(b)]
     return Result(
         "edge patching",
-        pandas.DataFrame(edges, columns=["sender", "receiver"]),
+        pandas.DataFrame([cell[0] for cell in cells], columns=["sender", "receiver"]),
         torch.stack(values).cpu(),
         getattr(metric, "name", None) or getattr(metric, "__name__", "metric"),
         {name: x.cpu() for name, x in baselines.items()},
-        about(model, prompts=b, norms="live"),
+        about(model, prompts=b, norms=norms),
     )

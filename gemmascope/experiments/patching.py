@@ -14,10 +14,10 @@ from torch import Tensor
 
 from gemmascope import interventions
 from gemmascope.experiments.sweep import ROWS, Baseline, resumed, run_cells, unit_of
-from gemmascope.hooks import SiteInfo
 from gemmascope.interventions import Intervention
 from gemmascope.model.inputs import Pass
 from gemmascope.results import Result, about
+from gemmascope.sites import SiteInfo
 
 AXES = {
     "pos": ("pos", "query"),

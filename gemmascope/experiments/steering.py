@@ -16,10 +16,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from gemmascope.hooks import SiteInfo
 from gemmascope.interventions import Site
 from gemmascope.readout.activations import Change, Positions, Prompts, changing, collect, find_site, measure
 from gemmascope.results import Result, about
+from gemmascope.sites import SiteInfo
 
 Texts = str | Sequence[str] | Tensor | Prompts
 

@@ -12,9 +12,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from gemmascope import ops
-from gemmascope.hooks import Reader, SiteInfo
+from gemmascope.hooks import Reader
 from gemmascope.interventions import Site
 from gemmascope.metrics import measured
+from gemmascope.sites import SiteInfo
 
 Positions = int | Sequence[int] | Sequence[Sequence[int]] | Tensor | None
 """One position for all prompts, one for each, several for each, or None for every token."""
