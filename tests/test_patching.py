@@ -45,9 +45,9 @@ SWEEPS = [
 @pytest.mark.parametrize("site, by", SWEEPS, ids=lambda value: value if isinstance(value, str) else "-".join(value))
 def test_every_cell_is_what_a_hook_gives(model, site, by, reads):
     metric = gs.logit_difference(model, 5, [6, 7, 8]) if reads == "last position" else (lambda x: x[..., 3].mean(-1))
-    noising = site == "mlp_out"
-    result = gs.activation_patching(model, CLEAN, CORRUPTED, metric, site, by, noising=noising, rows=9)
-    source, base = (CORRUPTED, CLEAN) if noising else (CLEAN, CORRUPTED)
+    direction = "noising" if site == "mlp_out" else "denoising"
+    result = gs.activation_patching(model, CLEAN, CORRUPTED, metric, site, by, direction=direction, rows=9)
+    source, base = (CORRUPTED, CLEAN) if direction == "noising" else (CLEAN, CORRUPTED)
     _, cache = model.run_with_cache(source, names_filter=lambda name: True)
     assert result.done.all() and set(result.axes) == set(by)
     for number in torch.randperm(len(result.cells))[:7].tolist():
@@ -190,6 +190,7 @@ def test_padded_texts_are_prompts_too():
         (dict(by=("layer", "head")), "blocks.0.hook_resid_pre has no head; a sweep there goes by layer, pos"),
         (dict(by=("layer", "token")), "by names 'token'; axes are layer, pos"),
         (dict(by=("pos",)), 'by needs "layer"'),
+        (dict(direction="sideways"), "direction is 'sideways'"),
         (dict(layers=[6]), "Layer 6 does not exist"),
         (dict(site="z", cells=pandas.DataFrame({"layer": [1], "head": [4]})), "heads 4 does not exist; there are 4"),
     ],

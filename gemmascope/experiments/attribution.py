@@ -85,7 +85,9 @@ def attribution_patching(
     sites = [name for kind in kinds for name in _sites(model, kind, NODES[kind])]
     wanted = sites + [name for kind in kinds for name in _also(model, kind, qk_fix)]
     with torch.no_grad():
-        _, patch = model.run_with_cache(there, attention_mask=pair.mask, names_filter=wanted, return_type=None)
+        _, patch = model.run_with_cache(
+            there, attention_mask=pair.mask, names_filter=wanted, return_type=None, return_cache_object=False
+        )
 
     kept, dropped = {}, _Dropped()
     z_sites = _sites(model, "head", NODES["head"]) if qk_fix else []
@@ -103,7 +105,7 @@ def attribution_patching(
             dropped.layer = layer
             again = grad_drop and layer < n_layers - 1
             grads = dict(zip(targets, gradients(figures, [kept[name] for name in targets], keep=again), strict=True))
-            both = _Pass(model, kept, patch.cache_dict, grads, run.masks, qk_fix)
+            both = _Pass(model, kept, patch, grads, run.masks, qk_fix)
             with torch.no_grad():
                 for kind in kinds:
                     effect = _effects(both, kind, by_position)

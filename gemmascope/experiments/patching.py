@@ -38,10 +38,11 @@ def activation_patching(
     site: str | Sequence[str] = "resid_pre",
     by: Sequence[str] = ("layer", "pos"),
     *,
-    noising: bool = False,
+    direction: str = "denoising",
     layers: Sequence[int] | None = None,
     positions: Sequence[int | tuple[int, int]] | None = None,
     cells: pandas.DataFrame | None = None,
+    attention_mask: Tensor | None = None,
     rows: int = ROWS,
     resume: Result | None = None,
     progress: bool = True,
@@ -56,10 +57,11 @@ def activation_patching(
         by: the axes of the sweep: "layer", and "pos", "head", "slot", "expert", "neuron" as the site has them. What is
             not named is patched whole. An "expert" of "moe.hook_expert_out" is what it adds at each position, whether
             or not both runs chose it there.
-        noising: patch from the corrupted run into the clean one.
+        direction: "denoising" patches from the clean run into the corrupted one, "noising" the other way.
         layers, positions: those to sweep; all by default. A pair of positions (clean, corrupted) patches between
             prompts of different lengths; `gs.aligned` finds pairs.
         cells: any set of cells, a column for each axis, in place of `by`, `layers` and `positions`.
+        attention_mask: [prompt, pos] of token ids with padding, the same for both runs.
         rows: rows (cells x prompts) of one forward pass.
         resume: the result of an interrupted call with these arguments.
 
@@ -71,9 +73,11 @@ def activation_patching(
             cell out of range, a metric that gives NaN or another shape.
     """
     sites = [site] if isinstance(site, str) else list(site)
-    begun = {"clean": model._begin(clean), "corrupted": model._begin(corrupted)}
+    if direction not in ("denoising", "noising"):
+        raise ValueError(f"direction is {direction!r}; it is 'denoising' or 'noising'.")
+    begun = {"clean": model._begin(clean, attention_mask), "corrupted": model._begin(corrupted, attention_mask)}
     pairs = _pairs(begun, positions, by if cells is None else list(cells))
-    source, base = ("corrupted", "clean") if noising else ("clean", "corrupted")
+    source, base = ("clean", "corrupted") if direction == "denoising" else ("corrupted", "clean")
     place = {pair[base == "corrupted"]: pair[source == "corrupted"] for pair in pairs}
     cells = _cells(model, sites, by, layers, list(place)) if cells is None else cells.reset_index(drop=True)
     named = cells.to_dict("records")
@@ -81,7 +85,7 @@ def activation_patching(
     runs = {name: Baseline(model, run, metric, names) for name, run in begun.items()}
     made = _interventions(model, runs[source].stored, runs[base].stored, sites, named, place)
     values = run_cells(runs[base], made, rows=rows, done=resumed(resume, cells), progress=progress)
-    said = about(model, site=sites, noising=noising)
+    said = about(model, site=sites, direction=direction)
     if model.tokenizer is not None:
         said["tokens"] = model.to_str_tokens(begun[base].tokens[0])
     figures = {name: run.figures for name, run in runs.items()}
