@@ -137,7 +137,7 @@ def test_an_interrupted_sweep_keeps_what_it_has_and_goes_on(moe, capsys, monkeyp
 
     monkeypatch.setattr(sweep.Baseline, "values", stop_at_the_fourth)
     part = gs.activation_patching(moe, CLEAN, CORRUPTED, metric)
-    assert "55 of 66 cells to go" in capsys.readouterr().out
+    assert "Interrupted: 55 of 66 cells to go" in capsys.readouterr().out
     assert part.done.sum() == 11 and torch.equal(part.values[part.done], whole.values[part.done])
     assert "55 not run" in repr(part)
     rest = gs.activation_patching(moe, CLEAN, CORRUPTED, metric, resume=part)

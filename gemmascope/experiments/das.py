@@ -24,6 +24,7 @@ from tqdm.auto import tqdm
 
 from gemmascope.interventions import Site
 from gemmascope.metrics import Answer, answer_ids
+from gemmascope.progress import interruptible
 from gemmascope.readout.activations import Change, Prompts, Rows, changing, collect, find_site, last_logits
 from gemmascope.results import Result, about
 from gemmascope.sites import SiteInfo
@@ -193,7 +194,7 @@ def _learn(
     free = torch.linalg.qr(torch.randn(pairs.source.shape[1], k, generator=generator)).Q.requires_grad_()
     optimiser = torch.optim.Adam([free], lr)
     losses = []
-    try:
+    with interruptible("the subspace is that of the steps so far."):
         with _frozen(pairs.model), torch.enable_grad():
             for _ in tqdm(range(steps), what, delay=1, leave=False, disable=not progress):
                 some = train[torch.randperm(len(train), generator=generator)[:batch_size]]
@@ -203,8 +204,6 @@ def _learn(
                 loss.backward()
                 optimiser.step()
                 losses.append(loss.detach().cpu())
-    except KeyboardInterrupt:
-        pass  # what was learned so far is kept; about.settings.steps says how far it went
     return torch.linalg.qr(free.detach()).Q, torch.stack(losses) if losses else torch.empty(0)
 
 

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from gemmascope.interventions import Site
+from gemmascope.progress import interruptible
 from gemmascope.readout.activations import Change, Positions, Prompts, changing, collect, find_site, measure
 from gemmascope.results import Result, about
 from gemmascope.sites import SiteInfo
@@ -121,13 +122,11 @@ def steer_sweep(
     effect = torch.full((len(strengths), asked.n), torch.nan)
     divergence = torch.full((len(strengths), plain.n), torch.nan)
     unsteered = measure(model, asked, metric, batch_size=batch_size)
-    try:
+    with interruptible("the cells that did not run are NaN."):
         for cell, strength in enumerate(tqdm(strengths, "strengths", delay=1, leave=False, disable=not progress)):
             change = _adding(direction, info, strength)
             effect[cell] = measure(model, asked, metric, info, asked_rows, change, batch_size)
             divergence[cell] = _divergence(model, plain, info, plain_rows, change, batch_size)
-    except KeyboardInterrupt:
-        pass  # the cells that did not run stay NaN, and the results say how many
     what = about(model, site=info.name, positions=positions, norm=float(direction.norm()))
     name, unit = f"steering at {info.name}", getattr(metric, "name", "metric")
     return SteerSweep(
@@ -185,13 +184,11 @@ def causal_check(
     edits = [(edit, of) for edit in ("project out", "add") for of in directions]
     values = torch.full((len(edits), asked.n), torch.nan)
     unedited = measure(model, asked, metric, batch_size=batch_size)
-    try:
+    with interruptible("the cells that did not run are NaN."):
         for cell, (edit, of) in enumerate(tqdm(edits, "edits", delay=1, leave=False, disable=not progress)):
             vector = directions[of]
             change = _adding(vector, info, strength) if edit == "add" else _projecting_out(vector, info)
             values[cell] = measure(model, asked, metric, info, rows, change, batch_size)
-    except KeyboardInterrupt:
-        pass  # the cells that did not run stay NaN, and the result says how many
     what = about(model, site=info.name, strength=strength, norm=float(direction.norm()), seed=seed)
     cells, unit = pandas.DataFrame(edits, columns=["edit", "direction"]), getattr(metric, "name", "metric")
     return Result("causal check of a direction", cells, values, unit, {"unedited": unedited}, what)

@@ -22,6 +22,7 @@ from gemmascope.interventions import Intervention, flat
 from gemmascope.metrics import measured
 from gemmascope.model.inputs import Pass
 from gemmascope.model.resume import taken_up
+from gemmascope.progress import interruptible
 from gemmascope.results import Result, about
 
 ROWS = 16
@@ -133,15 +134,15 @@ def run_cells(
     waiting = sorted((*base.first(given[i]), i) for i in values.isnan().any(-1).nonzero()[:, 0].tolist())
     size = max(1, rows // base.n_prompts)
     with tqdm(total=len(given), initial=len(given) - len(waiting), unit="cell", delay=1, disable=not progress) as bar:
-        try:
+        with interruptible(
+            lambda: f"{len(waiting)} of {len(given)} cells to go; pass this result as resume= to go on."
+        ):
             while waiting:
                 layer, pos, _ = waiting[0]
                 chunk = [number for first, _, number in waiting[:size] if first == layer]
                 values[chunk] = base.values([given[number] for number in chunk], layer, pos)
                 waiting = waiting[len(chunk) :]
                 bar.update(len(chunk))
-        except KeyboardInterrupt:
-            print(f"Interrupted with {len(waiting)} of {len(given)} cells to go; pass this result as resume= to go on.")
     return values
 
 

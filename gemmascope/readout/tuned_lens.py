@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 
 from gemmascope import ops
 from gemmascope.metrics import Answer
+from gemmascope.progress import interruptible
 from gemmascope.readout.lens import Lens, Stream, read, stream_names, unembedded
 from gemmascope.results import Result, about, fingerprint
 
@@ -82,14 +83,13 @@ class TunedLens:
         adam = torch.optim.Adam(parameters, lr=lr)
         generator = torch.Generator().manual_seed(seed)
         try:
-            for step in tqdm(range(steps), desc="tuned lens", delay=1, leave=False):
-                drawn = tokens[torch.randint(len(tokens), (batch,), generator=generator)]
-                losses = self._gradients(drawn)
-                adam.param_groups[0]["lr"] = lr * (1 - step / steps)
-                adam.step()
-                self.losses.append(losses)
-        except KeyboardInterrupt:
-            pass  # every finished step is in the translators already
+            with interruptible("the translators are those of the steps so far."):
+                for step in tqdm(range(steps), desc="tuned lens", delay=1, leave=False):
+                    drawn = tokens[torch.randint(len(tokens), (batch,), generator=generator)]
+                    losses = self._gradients(drawn)
+                    adam.param_groups[0]["lr"] = lr * (1 - step / steps)
+                    adam.step()
+                    self.losses.append(losses)
         finally:
             for parameter in parameters:
                 parameter.grad = None
