@@ -86,7 +86,7 @@ def entries(part, size: int, name: str, of: str, offset: int = 0, growing: bool 
     return sorted({i - offset for i in (i + total if i < 0 else i for i in named) if offset <= i < total})
 
 
-@dataclass
+@dataclass(eq=False)
 class Progress:
     """Where in its sequence a running model stands."""
 
@@ -95,10 +95,8 @@ class Progress:
     growing: bool = False
     """Whether later positions are still to come."""
 
-    def note(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        """A forward pre-hook of the model."""
-        run = args[0] if args else kwargs.get("input")
-        past = kwargs.get("past_kv_cache") or getattr(run, "past", None)
+    def begin(self, past: Any) -> None:
+        """Called at the start of a pass, with its KV cache."""
         self.offset, self.growing = (0, False) if past is None else (past.length, True)
 
 
@@ -169,6 +167,10 @@ class Site(HookPoint):
         elif not isinstance(hook, Reader | CutEdges):
             hook = _checked(hook, self, dir)
         return super().add_hook(hook, dir=dir, **kwargs)
+
+    def remove_hooks(self, *args, **kwargs) -> None:
+        if self.fwd_hooks or self.bwd_hooks:  # every point is asked at the end of every run with hooks
+            super().remove_hooks(*args, **kwargs)
 
     # Plain torch hooks are hooks too: the block must hear of them.
     def register_forward_hook(self, *args, **kwargs):

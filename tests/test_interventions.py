@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import gemmascope as gs
+from gemmascope.generate import KVCache
 from gemmascope.sites import sites_of
 from gemmascope.testing import ARCHITECTURES, tiny_model
 
@@ -187,7 +188,7 @@ def test_the_model_is_left_as_it_was(moe):
     with pytest.raises(ValueError):
         moe(TOKENS, interventions=gs.zero(("z", 1), heads=9))
     assert torch.equal(moe(TOKENS), before)
-    assert not moe._forward_pre_hooks and not any(block.watched for block in moe.blocks)
+    assert not moe.following and not any(block.watched for block in moe.blocks)
 
 
 @pytest.mark.parametrize(
@@ -215,3 +216,13 @@ def test_an_unknown_site_names_the_nearest(moe):
         moe(TOKENS, interventions=gs.zero("blocks.1.attn.hook_zz"))
     with pytest.raises(TypeError, match=r"gs\.zero"):
         moe(TOKENS, interventions=["blocks.1.attn.hook_z"])
+
+
+def test_positions_count_from_the_start_in_every_way_of_running(moe):
+    """run_with_hooks calls forward itself, and not the model."""
+    edit = gs.add(("resid_post", 2), torch.ones(48), 3.0, positions=[3, 10])
+    whole = moe(TOKENS, interventions=edit)
+    past = KVCache(moe.cfg)
+    with torch.no_grad(), moe.with_interventions(edit):
+        parts = [moe.run_with_hooks(part, past_kv_cache=past) for part in TOKENS.split([6, 1, 6], dim=1)]
+    torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=0, atol=2e-5)

@@ -33,8 +33,10 @@ class Baseline:
     """A run of some prompts, kept so that it can be taken up again at any layer and position."""
 
     @torch.no_grad()
-    def __init__(self, model, prompts, metric: Callable[[Tensor], Tensor], also: Sequence[str] = ()):
-        """`also` names sites to keep in `stored`."""
+    def __init__(
+        self, model, prompts, metric: Callable[[Tensor], Tensor], also: Sequence[str] = (), read_only: bool = False
+    ):
+        """`also` names sites to keep in `stored`. Of a run that is read only, nothing else is kept."""
         self.model, self.metric = model, metric
         self.run = prompts if isinstance(prompts, Pass) else model._begin(prompts)
         self.run.last_only = getattr(metric, "last_only", False)
@@ -43,10 +45,12 @@ class Baseline:
         streams = [f"blocks.{layer}.hook_resid_pre" for layer in range(cfg.n_layers)]
         streams.append(f"blocks.{cfg.n_layers - 1}.hook_resid_post")
         kv = {layer: [f"blocks.{layer}.attn.{site}" for site in ("hook_rot_k", "hook_v_normed")] for layer in own}
-        names = {*streams, *also, *(name for pair in kv.values() for name in pair)}
+        names = set(also) if read_only else {*streams, *also, *(name for pair in kv.values() for name in pair)}
         self.stored, hooks, _ = model.get_caching_hooks(list(names))
         with model.hooks(fwd_hooks=hooks):
             self.figures = measured(metric, model(self.run)).cpu()
+        if read_only:
+            return
         self.streams = [self.stored[name] for name in streams]
         self.kv = {layer: tuple(self.stored[name] for name in pair) for layer, pair in kv.items()}
         # Positions of an image see later ones, and in the K = V form keys are kept in another shape.

@@ -87,12 +87,12 @@ class LensModel(HookedModel):
             yield self
             return
         now = Progress()
-        handle = self.register_forward_pre_hook(now.note, with_kwargs=True)
+        self.following.append(now)
         try:
             with self.hooks(fwd_hooks=hooks_of(self, interventions, now)):
                 yield self
         finally:
-            handle.remove()
+            self.following.remove(now)
 
     def generate(self, input, max_new_tokens: int = 32, **kwargs):
         """Continues a prompt. See `gemmascope.generate.generate` for its arguments."""

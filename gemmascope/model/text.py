@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from gemmascope import ops
 from gemmascope.config import Gemma4Config, LayerGeometry
 from gemmascope.generate import KVCache
-from gemmascope.hooks import Part, Site, WatchedBlock, untouched, watched, written
+from gemmascope.hooks import Part, Progress, Site, WatchedBlock, untouched, watched, written
 from gemmascope.model.attention import Attention
 from gemmascope.model.inputs import Pass, prepare
 from gemmascope.model.lens import LensModel
@@ -202,6 +202,8 @@ class HookedGemma4(LensModel):
         self.unembed = Unembed(self.embed)
         self.hook_unembed, self.hook_logits = Site(), Site()
         self._shared_kv = False
+        self.following: list[Progress] = []
+        """Whom to tell, as a pass begins, where in its sequence it stands."""
         self.built = [kinds_of(modules_of(self, stage)) for stage in range(cfg.n_layers + 1)]
         self.setup()
         self.sync_cfg()
@@ -300,6 +302,8 @@ class HookedGemma4(LensModel):
         stop = self._stop(stop_at_layer, run)
         if return_type not in ("logits", "loss", "both", None):
             raise ValueError(f"return_type is {return_type!r}; it is 'logits', 'loss', 'both' or None.")
+        for now in self.following:
+            now.begin(run.past)
         first, x = run.start or (0, None)
         if x is None:
             x = self.hook_embed(self.embed(run.tokens) * scale_as(self.embed.weight, self.cfg.d_model))

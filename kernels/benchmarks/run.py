@@ -23,6 +23,7 @@ from pathlib import Path
 from statistics import median
 
 import torch
+from experiment_rows import experiment_rows
 from rows import ROWS, Row
 
 HERE = Path(__file__).parent
@@ -123,7 +124,11 @@ def main() -> int:
     parser.add_argument("--list", action="store_true", help="print the rows and stop")
     parser.add_argument("--dry", action="store_true", help="print figures, leave results.csv and the tests alone")
     options = parser.parse_args()
-    rows = [row for row in ROWS if not options.wanted or any(word in row.name for word in options.wanted)]
+    rows = [
+        row
+        for row in (*ROWS, *experiment_rows())
+        if not options.wanted or any(word in row.name for word in options.wanted)
+    ]
     if not rows:
         parser.error(f"no row is called {' or '.join(options.wanted)}; --list shows them.")
     if options.list:
