@@ -82,7 +82,7 @@ def activation_patching(
     cells = _cells(model, sites, by, layers, list(place)) if cells is None else cells.reset_index(drop=True)
     named = cells.to_dict("records")
     names = _names(model, sites, named)
-    runs = {name: Baseline(model, run, metric, names, read_only=name == source) for name, run in begun.items()}
+    runs = {name: Baseline(model, run, metric, names) for name, run in begun.items()}
     made = _interventions(model, runs[source].stored, runs[base].stored, sites, named, place)
     values = run_cells(runs[base], made, rows=rows, done=resumed(resume, cells), progress=progress)
     said = about(model, site=sites, direction=direction)

@@ -9,7 +9,9 @@ Memory depends on the rows of a forward pass, not on the number of cells.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
 
 import pandas
 import torch
@@ -21,7 +23,7 @@ from gemmascope.hooks import CutEdges, Progress, entries
 from gemmascope.interventions import Intervention, flat
 from gemmascope.metrics import measured
 from gemmascope.model.inputs import Pass
-from gemmascope.model.resume import taken_up
+from gemmascope.model.resume import KV, taken_up
 from gemmascope.progress import interruptible
 from gemmascope.results import Result, about
 
@@ -29,32 +31,46 @@ ROWS = 16
 """Rows of one forward pass, where nothing else is asked."""
 
 
+class _Streams:
+    """Keeps the stream that enters each block, and the head."""
+
+    def __init__(self):
+        self.kept: list[Tensor] = []
+
+    @contextmanager
+    def entering(self, stage: int, x: Tensor) -> Iterator[None]:
+        self.kept.append(x)
+        yield
+
+
 class Baseline:
     """A run of some prompts, kept so that it can be taken up again at any layer and position."""
 
     @torch.no_grad()
-    def __init__(
-        self, model, prompts, metric: Callable[[Tensor], Tensor], also: Sequence[str] = (), read_only: bool = False
-    ):
-        """`also` names sites to keep in `stored`. Of a run that is read only, nothing else is kept."""
+    def __init__(self, model, prompts, metric: Callable[[Tensor], Tensor], also: Sequence[str] = ()):
+        """`also` names sites to keep in `stored`."""
         self.model, self.metric = model, metric
         self.run = prompts if isinstance(prompts, Pass) else model._begin(prompts)
         self.run.last_only = getattr(metric, "last_only", False)
-        cfg = model.cfg
-        own = [layer for layer, shape in enumerate(cfg.layers) if shape.kv_source is None]
-        streams = [f"blocks.{layer}.hook_resid_pre" for layer in range(cfg.n_layers)]
-        streams.append(f"blocks.{cfg.n_layers - 1}.hook_resid_post")
-        kv = {layer: [f"blocks.{layer}.attn.{site}" for site in ("hook_rot_k", "hook_v_normed")] for layer in own}
-        names = set(also) if read_only else {*streams, *also, *(name for pair in kv.values() for name in pair)}
-        self.stored, hooks, _ = model.get_caching_hooks(list(names))
-        with model.hooks(fwd_hooks=hooks):
-            self.figures = measured(metric, model(self.run)).cpu()
-        if read_only:
-            return
-        self.streams = [self.stored[name] for name in streams]
-        self.kv = {layer: tuple(self.stored[name] for name in pair) for layer, pair in kv.items()}
+        self.run.record = streams = _Streams()
+        self.stored = self._read(also)
+        self.streams, self.run.record = streams.kept, None
         # Positions of an image see later ones, and in the K = V form keys are kept in another shape.
         self._causal = not model.shared_kv and all(mask.image_blocks is None for mask in self.run.masks.values())
+
+    def _read(self, names: Sequence[str]) -> dict[str, Tensor]:
+        stored, hooks, _ = self.model.get_caching_hooks(list(names))
+        with self.model.hooks(fwd_hooks=hooks):
+            self.figures = measured(self.metric, self.model(self.run)).cpu()
+        return stored
+
+    @cached_property
+    def kv(self) -> KV:
+        """Keys and values of every layer that has its own: what a pass that starts at a later position reads."""
+        own = [layer for layer, shape in enumerate(self.model.cfg.layers) if shape.kv_source is None]
+        names = {layer: [f"blocks.{layer}.attn.{site}" for site in ("hook_rot_k", "hook_v_normed")] for layer in own}
+        stored = self._read([name for pair in names.values() for name in pair])
+        return {layer: tuple(stored[name] for name in pair) for layer, pair in names.items()}
 
     @property
     def n_prompts(self) -> int:
@@ -76,7 +92,8 @@ class Baseline:
         """The metric of each cell, run together from a layer and a position on."""
         pos = pos if layer >= 0 and self.run.last_only else 0  # a metric may read positions that would not run
         stream = self.streams[max(layer, 0)]
-        run = taken_up(self.run, self.model.cfg.layers, stream, self.kv, max(layer, 0), pos, len(cells))
+        kv = self.kv if pos else self.run.kv
+        run = taken_up(self.run, self.model.cfg.layers, stream, kv, max(layer, 0), pos, len(cells))
         run.start = run.start if layer >= 0 else None
         with self.model.hooks(fwd_hooks=self._hooks(cells, pos)):
             logits = self.model(run)

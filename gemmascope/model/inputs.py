@@ -2,6 +2,7 @@
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -10,7 +11,6 @@ from torch import Tensor
 from gemmascope import ops
 from gemmascope.config import Gemma4Config, LayerKind
 from gemmascope.generate import KVCache
-from gemmascope.rerun import Rerun
 
 
 @dataclass
@@ -32,8 +32,8 @@ class Pass:
     """Only the last position's logits are wanted, unless a hook looks at the others."""
     start: tuple[int, Float[Tensor, "batch pos d_model"]] | None = None
     """A layer, and the stream that enters it: the layers before are not run."""
-    record: Rerun | None = None
-    """What keeps the stream before each stage, for a cache that runs blocks again."""
+    record: Any = None
+    """What keeps the stream before each stage (see `Rerun.entering`), so that a part of the pass can be run again."""
 
     def entering(self, stage: int, x: Tensor) -> AbstractContextManager:
         """Goes around a block, or the head as stage n_layers; `x` is the stream that enters it."""

@@ -52,7 +52,7 @@ def taken_up(
 
     Args:
         stream: what entered `layer` in that run, [prompt, pos, d_model].
-        kv: its keys and values.
+        kv: its keys and values, of the layers that later ones read; with `pos`, of all.
         pos: the first position that runs again; 0 where positions see later ones (images), or keys have another form
             (shared_kv).
     """
