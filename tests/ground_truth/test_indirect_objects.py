@@ -98,7 +98,7 @@ def test_movers_attend_to_both_names_and_subject_heads_to_s2(model):
     assert found == SUBJECT_HEADS[model.cfg.model_name]
 
 
-def test_cutting_the_last_token_off_a_name_does_what_the_task_says(model, difference):
+def test_cutting_the_last_token_off_a_name_does_what_the_task_says(model):
     def run(key):
         cut = gs.knockout(range(model.cfg.n_layers), queries=[LAST], keys=[key])
         logits = model(CLEAN, interventions=cut).detach()
