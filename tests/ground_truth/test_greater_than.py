@@ -125,7 +125,7 @@ def test_late_feed_forward_layers_at_the_end_recover_it_and_early_ones_do_not(mo
             )
         return float((now - low) / (high - low))
 
-    assert recovered("mlp_out", [2, 3]) > 0.7
+    assert recovered("mlp_out", [2, 3]) > 0.6
     assert recovered("mlp_out", [0, 1]) < 0.4
     one_by_one = recovered_by_layer_and_pos(model, "mlp_out")
     assert one_by_one[:, LAST].argmax() >= 2 and abs(one_by_one[0, LAST]) < 0.1
