@@ -26,7 +26,7 @@ from gemmascope.readout.activations import Batch
 from gemmascope.results import Result, about
 from gemmascope.routing.effects import Given, Labels, RoutingEffect, Texts, checked_experts, routed_layers, run_texts
 
-MODES = ("silence", "reroute", "mean", "force")
+MODES = ("silence", "reroute", "mean", "replace", "force")
 INDICES, WEIGHTS, LOGITS = (f"moe.router.hook_{part}" for part in ("indices", "weights", "logits"))
 OTHERS = 4
 """How many other experts of its layer the random-expert control of an expert is the mean of."""
@@ -52,7 +52,9 @@ def expert_ablation(
         mode: "silence": it is weighted by 0 where it was chosen (to renormalise the others changes nothing);
             "reroute": it cannot be chosen and the next best steps in;
             "mean": its weighted output is its mean over the tokens of the texts that chose it;
-            "force": it is chosen at every token; where it was not, it takes the place of the least likely expert.
+            "replace": a wrong expert, one of those not chosen, drawn at random at each token, gets its weight;
+            "force": it is chosen at every token; where it was not, it takes the place of the least likely expert, with
+            the weight that the router's own probability gives it, which may be next to nothing.
         layers, experts: those to change; all by default.
         labels: a label for each text or each token, for `by_label`; a token's label goes with what it predicts.
         metric: also measured: logits [text, pos, d_vocab] -> a figure a text. It sees all texts at once, left-padded.
@@ -81,6 +83,11 @@ def expert_ablation(
 
     def plan(stored: dict[str, Tensor], real: Bool[Tensor, "text pos"]) -> list[list[Intervention]]:
         chosen = {layer: stored[f"blocks.{layer}.{INDICES}"] for layer in layers}
+        weights = {layer: stored[f"blocks.{layer}.{WEIGHTS}"] for layer in layers}
+
+        def change(layer: int, hit: Tensor) -> list[Intervention]:
+            return _changed(mode, layer, hit, chosen[layer], weights[layer], n_experts, means, generator)
+
         for layer in layers:
             uses[layer] += chosen[layer][real].flatten().bincount(minlength=n_experts).cpu()
         made = []
@@ -88,13 +95,13 @@ def expert_ablation(
             if mode == "force":
                 made.append(interventions.force_expert(layer, expert))
                 continue
-            made.append(_changed(mode, layer, chosen[layer] == expert, chosen[layer], n_experts, means))
+            made.append(change(layer, chosen[layer] == expert))
         for layer, expert in matched:
             hit = _matched(chosen[layer], expert, real, generator)
-            made.append(_changed(mode, layer, hit, chosen[layer], n_experts, means))
+            made.append(change(layer, hit))
         return made
 
-    also = [f"blocks.{layer}.{INDICES}" for layer in layers]
+    also = [f"blocks.{layer}.{point}" for layer in layers for point in (INDICES, WEIGHTS)]
     found = run_texts(model, given, plan, len(singles) + len(matched), also, metric, batch_size, progress)
     n, loss = len(asked), found.loss
     place = {cell: number for number, cell in enumerate(singles)}
@@ -162,8 +169,10 @@ def _changed(
     layer: int,
     hit: Bool[Tensor, "text pos slot"],
     chosen: Int[Tensor, "text pos slot"],
+    weights: Float[Tensor, "text pos slot"],
     n_experts: int,
     means: dict[int, Float[Tensor, "expert d_model"]],
+    generator: torch.Generator,
 ) -> list[Intervention]:
     """The change of the slots that are hit; none where none is."""
     if not hit.any():
@@ -174,6 +183,11 @@ def _changed(
         banned = torch.zeros(*hit.shape[:2], n_experts, device=hit.device)
         banned.scatter_add_(2, chosen, torch.zeros_like(hit, dtype=torch.float).masked_fill(hit, float("-inf")))
         return [interventions.add((LOGITS, layer), banned)]
+    if mode == "replace":
+        draw = torch.rand(*hit.shape[:2], n_experts, generator=generator).to(hit.device)
+        wrong = draw.scatter(2, chosen, -1.0).argsort(-1, descending=True)[..., : hit.shape[-1]]
+        new = torch.where(hit, wrong, chosen)
+        return [interventions.patch((INDICES, layer), new), interventions.patch((WEIGHTS, layer), weights)]
     out = ("moe.hook_expert_out", layer)
     mean = means[layer][chosen] * hit[..., None]
     return [Intervention(out, "scale", {}, ~hit[..., None], "silence"), interventions.add(out, mean)]
@@ -298,8 +312,9 @@ def _silenced(model, layer: int, kept: dict[str, Tensor], slope: Tensor) -> Floa
 
 
 def agreement(estimate: Result, exact: Result) -> dict[str, float]:
-    """How well an estimate orders effects, and gets the sign of the largest, over all pairs of a cell and a sample where
-    the exact effect is not 0 (it is 0 where the expert was never chosen).
+    """How well an estimate orders effects, and gets the sign of the largest.
+
+    Over all pairs of a cell and a sample where the exact effect is not 0 (it is 0 where the expert was never chosen).
 
     Returns:
         "spearman": their rank correlation; "sign": the share of the tenth with the largest exact effects where both

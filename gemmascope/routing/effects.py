@@ -191,6 +191,12 @@ def _labels_of(labels: Labels, real: Bool[Tensor, "text pos"], rows: Rows) -> li
     return [each[text][place] for text, place in zip(rows.prompt.tolist(), pos.tolist(), strict=True)]
 
 
+def kept(model, batch: Batch, also: Sequence[str] = ()) -> Baseline:
+    """A run of a batch that can be taken up again, its logits and what `also` names in `stored`."""
+    run = model._begin(batch.tokens, batch.mask)
+    return Baseline(model, run, lambda logits: logits[:, -1, 0], ["hook_logits", *also])
+
+
 class Found(NamedTuple):
     """Changes, by cell."""
 
@@ -226,11 +232,10 @@ def run_texts(
     with tqdm(total=total, unit="cell", delay=1, leave=False, disable=not progress) as bar:
         for _, batch in given.batches(size):
             n = len(batch.tokens)
-            run = model._begin(batch.tokens, batch.mask)
-            base = Baseline(model, run, lambda logits: logits[:, -1, 0], ["hook_logits", *also])
-            full = base.stored["hook_logits"]
-            real = torch.ones_like(run.tokens, dtype=torch.bool) if batch.mask is None else batch.mask
-            at, targets = (batch.prompt, batch.pos), run.tokens[batch.prompt, batch.pos + 1][:, None]
+            base = kept(model, batch, also)
+            full, tokens = base.stored["hook_logits"], base.run.tokens
+            real = torch.ones_like(tokens, dtype=torch.bool) if batch.mask is None else batch.mask
+            at, targets = (batch.prompt, batch.pos), tokens[batch.prompt, batch.pos + 1][:, None]
             before = full[at].float().log_softmax(-1)
             found.full[batch.row] = -before.gather(-1, targets)[:, 0].cpu()
             cells = plan(base.stored, real)
