@@ -41,7 +41,7 @@ _CONTENTS = {
     "readout.attribution": "direct_logit_attribution",
     "readout.heads": "head_table detect_heads repeated_tokens",
     "readout.circuits": "copying_score ov_scores qk_scores",
-    "routing.causal": "expert_ablation fewer_experts silencing_estimate",
+    "routing.causal": "expert_ablation fewer_experts branch_ablation silencing_estimate",
     "routing.swaps": "swap_routing frozen_routing routing_regret",
     "routing.steering": "localise risk_difference steering_hooks expert_npmi reweight_experts",
 }

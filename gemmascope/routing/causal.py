@@ -72,6 +72,8 @@ def expert_ablation(
     layers, experts = routed_layers(model, layers), checked_experts(model, experts)
     if mode not in MODES:
         raise ValueError(f"mode is {mode!r}; it is one of {', '.join(MODES)}.")
+    if mode == "replace":
+        _check_spare(model)
     n_experts, asked = model.cfg.n_experts, list(product(layers, experts))
     others = {cell: _others(cell, n_experts, seed) for cell in asked} if controls else {}
     singles = list(dict.fromkeys([*asked, *(other for drawn in others.values() for other in drawn)]))
@@ -161,6 +163,54 @@ def fewer_experts(
     return given.effect("fewer experts", cells, found, {}, what, None, metric)
 
 
+def branch_ablation(
+    model,
+    texts: Texts,
+    layers: Sequence[int] | None = None,
+    *,
+    by_layer: bool = True,
+    labels: Labels | None = None,
+    metric: Callable[[Tensor], Tensor] | None = None,
+    seed: int = 0,
+    batch_size: int = ROWS,
+    progress: bool = True,
+) -> RoutingEffect:
+    """No experts against wrong experts: does it matter that a layer has experts, or that they are the right ones?
+
+    Args:
+        by_layer: in one layer at a time; else in all the layers at once.
+        labels, metric, batch_size: as in `expert_ablation`.
+
+    Returns:
+        a RoutingEffect by layer and experts, or by experts: "none", the branch adds nothing; "wrong", k experts that
+        were not chosen, drawn at random at each token, take the weights of those that were, rank by rank.
+
+    Raises:
+        ValueError: for a dense model, one without k experts to spare, or as `expert_ablation` does.
+    """
+    layers, n_experts = routed_layers(model, layers), model.cfg.n_experts
+    _check_spare(model)
+    groups = [[layer] for layer in layers] if by_layer else [layers]
+    given, generator = Given.of(model, texts, labels), torch.Generator().manual_seed(seed)
+
+    def plan(stored: dict[str, Tensor], real: Tensor) -> list[list[Intervention]]:
+        made = []
+        for group in groups:
+            chosen = {layer: stored[f"blocks.{layer}.{INDICES}"] for layer in group}
+            wrong = {layer: _wrong(chosen[layer], n_experts, generator) for layer in group}
+            made.append([interventions.zero(("hook_moe_out", layer)) for layer in group])
+            made.append([interventions.patch((INDICES, layer), wrong[layer]) for layer in group])
+            made[-1] += [interventions.patch((WEIGHTS, layer), stored[f"blocks.{layer}.{WEIGHTS}"]) for layer in group]
+        return made
+
+    also = [f"blocks.{layer}.{point}" for layer in layers for point in (INDICES, WEIGHTS)]
+    found = run_texts(model, given, plan, 2 * len(groups), also, metric, batch_size, progress)
+    cells = [([group[0]] if by_layer else []) + [experts] for group in groups for experts in ("none", "wrong")]
+    table = pandas.DataFrame(cells, columns=["layer", "experts"] if by_layer else ["experts"])
+    what = about(model, layers=layers, seed=seed, texts=given.prompts.n)
+    return given.effect("branch ablation", table, found, {}, what, None, metric)
+
+
 # Which slots lose their expert, and what that means
 
 
@@ -184,13 +234,25 @@ def _changed(
         banned.scatter_add_(2, chosen, torch.zeros_like(hit, dtype=torch.float).masked_fill(hit, float("-inf")))
         return [interventions.add((LOGITS, layer), banned)]
     if mode == "replace":
-        draw = torch.rand(*hit.shape[:2], n_experts, generator=generator).to(hit.device)
-        wrong = draw.scatter(2, chosen, -1.0).argsort(-1, descending=True)[..., : hit.shape[-1]]
-        new = torch.where(hit, wrong, chosen)
+        new = torch.where(hit, _wrong(chosen, n_experts, generator), chosen)
         return [interventions.patch((INDICES, layer), new), interventions.patch((WEIGHTS, layer), weights)]
     out = ("moe.hook_expert_out", layer)
     mean = means[layer][chosen] * hit[..., None]
     return [Intervention(out, "scale", {}, ~hit[..., None], "silence"), interventions.add(out, mean)]
+
+
+def _check_spare(model) -> None:
+    n, k = model.cfg.n_experts, model.cfg.experts_per_token
+    if n < 2 * k:
+        raise ValueError(f"{model.cfg.model_name} chooses {k} of {n} experts a token: {k} wrong ones are not left.")
+
+
+def _wrong(
+    chosen: Int[Tensor, "text pos slot"], n_experts: int, generator: torch.Generator
+) -> Int[Tensor, "text pos slot"]:
+    """Experts that were not chosen, at random."""
+    draw = torch.rand(*chosen.shape[:2], n_experts, generator=generator).to(chosen.device)
+    return draw.scatter(2, chosen, -1.0).topk(chosen.shape[-1]).indices
 
 
 def _others(cell: tuple[int, int], n_experts: int, seed: int) -> list[tuple[int, int]]:

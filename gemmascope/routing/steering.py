@@ -81,7 +81,7 @@ def localise(
     model,
     prompts: str | Sequence[str] | Tensor | Prompts,
     answers: Answer,
-    success: Sequence[bool] | None = None,
+    success: Sequence[bool] | Tensor | None = None,
     layers: Sequence[int] | None = None,
     *,
     positions: Positions = None,
@@ -235,7 +235,8 @@ def steering_hooks(
     Raises:
         ValueError: for a dense model, a layer or expert out of range, or an expert both promoted and suppressed.
     """
-    both = set(_checked(model, promote)) & set(_checked(model, suppress))
+    promote, suppress = _checked(model, promote), _checked(model, suppress)
+    both = set(promote) & set(suppress)
     if both:
         layer, expert = min(both)
         raise ValueError(f"Expert {expert} of layer {layer} is both promoted and suppressed: choose one.")

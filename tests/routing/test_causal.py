@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 import gemmascope as gs
-from gemmascope.routing.causal import agreement
+from gemmascope.routing.causal import _changed, _matched, _wrong, agreement
 from gemmascope.testing import tiny_model
 from gemmascope.zoo.corpus import LANGUAGES, Corpus
 
@@ -175,8 +175,6 @@ def test_controls_are_the_others_and_as_many_other_slots(tiny):
 
 
 def test_a_wrong_expert_takes_the_weight(tiny):
-    from gemmascope.routing.causal import _changed
-
     _, cache = tiny.run_with_cache(TOKENS)
     chosen, weights = (cache[f"moe.router.hook_{part}", 2] for part in ("indices", "weights"))
     drawn = _changed("replace", 2, chosen == 4, chosen, weights, 8, {}, torch.Generator())
@@ -188,8 +186,6 @@ def test_a_wrong_expert_takes_the_weight(tiny):
 
 
 def test_matched_slots_are_as_many_tokens_and_never_the_expert():
-    from gemmascope.routing.causal import _matched
-
     chosen = torch.rand(4, 11, 8).topk(3).indices
     real = torch.rand(4, 11) > 0.3
     for expert in range(8):
@@ -242,11 +238,27 @@ def test_an_expert_of_a_language_matters_to_that_language_and_to_no_other(nano, 
     assert loss.loc[(3, 4), "tavi"] > 0.003 and loss.loc[(3, 4), others].abs().max() < 1e-3
 
 
-def test_a_wrong_expert_hurts_more_than_none(nano, languages):
-    settings = dict(layers=[3, 4, 5], controls=False, **QUIET)
-    silent, wrong = (gs.expert_ablation(nano, languages[0], mode, **settings) for mode in ("silence", "replace"))
-    heavy = silent.load > 0.2
-    print(silent.kl.mean[heavy], wrong.kl.mean[heavy], silent.loss.mean[heavy], wrong.loss.mean[heavy])
+def test_no_experts_and_wrong_experts_are_those_by_hand(tiny):
+    effect = gs.branch_ablation(tiny, TOKENS, layers=[4], **QUIET)
+    before, _ = nats(tiny, TOKENS)
+    none, _ = nats(tiny, TOKENS, [("blocks.4.hook_moe_out", lambda x, hook: x * 0)])
+    assert effect.loss.cells.values.tolist() == [[4, "none"], [4, "wrong"]]
+    torch.testing.assert_close(effect.loss.values[0], none - before, rtol=0, atol=2e-5)
+    chosen = tiny.run_with_cache(TOKENS)[1]["moe.router.hook_indices", 4]
+    wrong = _wrong(chosen, 8, torch.Generator().manual_seed(0))
+    assert not (wrong[..., None] == chosen[..., None, :]).any() and (wrong.sort(-1).values.diff(dim=-1) > 0).all()
+    _, cache = tiny.run_with_cache(TOKENS)
+    weights = gs.patch(("moe.router.hook_weights", 4), cache)
+    with tiny.with_interventions([gs.patch(("moe.router.hook_indices", 4), wrong), weights]):
+        by_hand = nats(tiny, TOKENS)[0]
+    torch.testing.assert_close(effect.loss.values[1], by_hand - before, rtol=0, atol=2e-5)
+
+
+def test_wrong_experts_hurt_more_than_none(nano, languages):
+    texts, labels = languages
+    effect = gs.branch_ablation(nano, texts, by_layer=False, labels=labels, **QUIET)
+    loss = effect.by_label.pivot(index="experts", columns="label", values="loss")
+    assert (loss.loc["wrong"] > 3 * loss.loc["none"].clip(lower=0.03)).all()
 
 
 def test_the_estimate_orders_the_silencings(nano, languages):
@@ -258,7 +270,6 @@ def test_the_estimate_orders_the_silencings(nano, languages):
     exact = gs.expert_ablation(nano, texts, controls=False, **QUIET)
     estimate = gs.silencing_estimate(nano, texts)
     figures = agreement(estimate, exact.loss)
-    print(figures)
     assert figures["sign"] >= 0.9 and figures["spearman"] > 0.85
     assert (estimate.values[exact.kl.values == 0] == 0).all()
     assert agreement(exact.loss, exact.loss)["spearman"] == pytest.approx(1)
@@ -297,6 +308,10 @@ def test_bad_input_is_refused(tiny):
         _ = gs.fewer_experts(tiny, TOKENS, layers=[0], **QUIET).by_label
     with pytest.raises(ValueError, match="k is 4; .* chooses 3 experts a token, so k is 1 to 3"):
         gs.fewer_experts(tiny, TOKENS, (4,))
+    with pytest.raises(ValueError, match="chooses 3 of 5 experts a token: 3 wrong ones are not left"):
+        gs.branch_ablation(tiny_model("26B-A4B", n_experts=5), TOKENS)
+    with pytest.raises(ValueError, match="3 wrong ones are not left"):
+        gs.expert_ablation(tiny_model("26B-A4B", n_experts=5), TOKENS, "replace")
     with pytest.raises(ValueError, match="has no gradient"):
         gs.silencing_estimate(tiny, TOKENS, lambda logits: logits.argmax(-1)[:, -1].float())
     one, two = (gs.silencing_estimate(tiny, TOKENS, layers=[layer]) for layer in (0, 1))

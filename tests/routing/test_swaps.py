@@ -103,9 +103,10 @@ def test_texts_of_other_lengths_have_the_regret_they_have_alone():
 
 def test_bad_input_is_refused(tiny):
     metric, dense = gs.logit(tiny, 5), tiny_model("E2B")
-    for ask in (gs.swap_routing, gs.frozen_routing):
-        with pytest.raises(ValueError, match="tiny E2B is dense"):
-            ask(dense, TOKENS, TOKENS, metric)
+    with pytest.raises(ValueError, match="tiny E2B is dense"):
+        gs.swap_routing(dense, TOKENS, OTHER, metric)
+    with pytest.raises(ValueError, match="tiny E2B is dense"):
+        gs.frozen_routing(dense, TOKENS, metric, {})
     with pytest.raises(ValueError, match="Clean prompt 0 has 7 tokens and its corrupted version 6"):
         gs.swap_routing(tiny, TOKENS, OTHER[:, :6], metric)
     with pytest.raises(ValueError, match="parts names 'gate'; there are choice, weights"):
