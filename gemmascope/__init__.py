@@ -41,6 +41,9 @@ _CONTENTS = {
     "readout.attribution": "direct_logit_attribution",
     "readout.heads": "head_table detect_heads repeated_tokens",
     "readout.circuits": "copying_score ov_scores qk_scores",
+    "routing.causal": "expert_ablation fewer_experts branch_ablation silencing_estimate",
+    "routing.swaps": "swap_routing frozen_routing routing_regret",
+    "routing.steering": "localise risk_difference steering_hooks expert_npmi reweight_experts",
 }
 _HOME = {name: f"gemmascope.{module}" for module, names in _CONTENTS.items() for name in names.split()}
 """Public name -> the module it lives in."""

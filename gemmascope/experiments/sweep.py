@@ -88,16 +88,21 @@ class Baseline:
             pos = min([pos, *entries(part, n_pos, "positions", name)])
         return layer, pos if self._causal else 0
 
-    def values(self, cells: list[list[Intervention]], layer: int, pos: int) -> Float[Tensor, "cell prompt"]:
-        """The metric of each cell, run together from a layer and a position on."""
-        pos = pos if layer >= 0 and self.run.last_only else 0  # a metric may read positions that would not run
+    def logits(
+        self, cells: list[list[Intervention]], layer: int, pos: int = 0
+    ) -> Float[Tensor, "cell prompt pos d_vocab"]:
+        """The logits of each cell from position `pos` on, run together from a layer on."""
         stream = self.streams[max(layer, 0)]
         kv = self.kv if pos else self.run.kv
         run = taken_up(self.run, self.model.cfg.layers, stream, kv, max(layer, 0), pos, len(cells))
         run.start = run.start if layer >= 0 else None
         with self.model.hooks(fwd_hooks=self._hooks(cells, pos)):
-            logits = self.model(run)
-        return torch.stack([measured(self.metric, part) for part in logits.split(self.n_prompts)]).cpu()
+            return self.model(run).unflatten(0, (len(cells), self.n_prompts))
+
+    def values(self, cells: list[list[Intervention]], layer: int, pos: int) -> Float[Tensor, "cell prompt"]:
+        """The metric of each cell, run together from a layer and a position on."""
+        pos = pos if layer >= 0 and self.run.last_only else 0  # a metric may read positions that would not run
+        return torch.stack([measured(self.metric, part) for part in self.logits(cells, layer, pos)]).cpu()
 
     def _hooks(self, cells: list[list[Intervention]], pos: int) -> list[tuple[str, Callable]]:
         """One hook a site: it edits the rows of each cell. Cuts of edges are hooks of their own, for the kernel."""
