@@ -4,7 +4,7 @@ import hashlib
 import html
 import importlib.metadata
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +31,14 @@ class Result:
     recovers: 1 as in the clean run, 0 as in the corrupted one."""
     about: dict[str, Any] = field(default_factory=dict)
     """What was run: model, fingerprint, versions, settings."""
+    base: str | None = None
+    """The baseline that cells are changes of: one with its figure did nothing. None where cells change no run."""
 
     def __post_init__(self) -> None:
         if len(self.cells) != len(self.values):
             raise ValueError(f"{len(self.cells)} cells came with figures for {len(self.values)}.")
+        if self.base is not None and self.base not in self.baselines:
+            raise ValueError(f"base is {self.base!r}; the baselines are {', '.join(self.baselines) or 'none'}.")
 
     @property
     def axes(self) -> list[str]:
@@ -86,10 +90,27 @@ class Result:
         return table
 
     def top(self, n: int = 10) -> pandas.DataFrame:
-        """The rows of the table with the largest effects: the farthest from the corrupted run, where there is one."""
+        """The rows of the table with the largest effects: the farthest from the run that cells change (`base`), or from
+        0 where they change none."""
         table = self.table
-        effect = table.get("recovered", table["value"]).abs()
+        nothing = 0.0 if self.base is None else float(self.baselines[self.base].mean())
+        effect = (table["value"] - nothing).abs()
         return table.loc[effect.sort_values(ascending=False).index[:n]]
+
+    def only(self, **where) -> "Result":
+        """The cells that have one value on an axis, or one of several: `only(layer=3, head=[0, 2])`.
+
+        Raises:
+            ValueError: for an axis that is not there, or when no cell is left.
+        """
+        unknown = next((axis for axis in where if axis not in self.axes), None)
+        if unknown is not None:
+            raise ValueError(f"This {self.experiment} has no axis {unknown!r}; its axes are {', '.join(self.axes)}.")
+        asked = {axis: list(v) if isinstance(v, list | tuple | range) else [v] for axis, v in where.items()}
+        chosen = self.cells.index[self.cells[list(asked)].isin(asked).all(axis=1)]
+        if not len(chosen):
+            raise ValueError(f"No cell of this {self.experiment} has {where}.")
+        return replace(self, cells=self.cells.loc[chosen].reset_index(drop=True), values=self.values[chosen.tolist()])
 
     def __repr__(self) -> str:
         n_cells, n_samples = self.values.shape
@@ -103,7 +124,8 @@ class Result:
     # Pictures
 
     def plot(self, value: str | None = None):
-        """A plotly figure: bars for one axis, a heatmap for two, a row of heatmaps for three.
+        """A plotly figure: for one axis a line along numbers or bars for names, a heatmap for two, a row of heatmaps
+        for three. A heatmap's neutral colour is a cell that did nothing.
 
         Args:
             value: the column of the table to draw; "recovered" where there is one, else "value".
@@ -126,6 +148,7 @@ class Result:
         manifest = {
             "experiment": self.experiment,
             "unit": self.unit,
+            "base": self.base,
             "cells": {axis: self.cells[axis].tolist() for axis in self.axes},
             "about": self.about,
         }
@@ -146,6 +169,7 @@ class Result:
             unit=manifest["unit"],
             baselines={n.removeprefix("baseline."): x for n, x in tensors.items() if n.startswith("baseline.")},
             about=manifest["about"],
+            base=manifest["base"],
         )
 
 
