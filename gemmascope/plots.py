@@ -23,12 +23,13 @@ LOOK = go.layout.Template(
         colorscale=dict(diverging=SCALE, sequential=RISING, sequentialminus=SCALE),
         xaxis=_AXIS,
         yaxis=_AXIS,
+        height=380,
         margin=dict(l=60, r=20, t=60, b=60),
     )
 )
 """A template that any plotly figure can take: `px.imshow(x, template=plots.LOOK)`."""
 MAX_LABEL = 20
-"""Letters of a label; longer ones are cut."""
+"""Letters of a label at an axis; longer ones are cut."""
 
 
 def of_result(result, value: str | None = None) -> go.Figure:
@@ -53,7 +54,8 @@ def of_result(result, value: str | None = None) -> go.Figure:
                 f"A picture has three axes at most and this {result.experiment} varies {', '.join(varied)}: "
                 "plot a part, as in result.only(layer=3).plot()."
             )
-    return figure.update_layout(title=_text(result.experiment), template=LOOK)
+    what = ", ".join(filter(None, (result.experiment, result.about.get("model"))))
+    return figure.update_layout(title=_text(what), template=LOOK)
 
 
 def _varied(table: pandas.DataFrame, axes: list[str]) -> list[str]:
@@ -71,13 +73,13 @@ def _curve(table: pandas.DataFrame, result, axis: str, value: str) -> go.Figure:
     error = None
     if value == "value" and "low" in table:
         above, below = table["high"] - table["value"], table["value"] - table["low"]
-        error = dict(array=above, arrayminus=below, symmetric=False, thickness=1, color=GREY)
+        error = dict(array=above, arrayminus=below, symmetric=False, thickness=1.5, color=GREY)
     if is_numeric_dtype(table[axis]) and names == table[axis].map(str).tolist():
         figure = go.Figure(go.Scatter(x=table[axis], y=table[value], error_y=error, mode="lines+markers"))
-        if not is_float_dtype(table[axis]) and len(table) <= 30:
-            figure.update_xaxes(tickvals=table[axis])
+        if not is_float_dtype(table[axis]) and (table[axis].diff().dropna() == 1).all():
+            figure.update_xaxes(dtick=max(1, len(table) // 20))  # no layer 2.5
     else:
-        figure = go.Figure(go.Bar(x=names, y=table[value], error_y=error))
+        figure = go.Figure(go.Bar(x=names, y=table[value], error_y=error, marker_opacity=0.6))
     for name, baseline in result.baselines.items() if value == "value" else ():
         figure.add_hline(float(baseline.mean()), line=dict(dash="dot", color=GREY), annotation_text=_text(name))
     return figure
@@ -128,11 +130,15 @@ def _names(values, result, axis: str) -> list[str]:
     """What stands at an axis: the number, and the token where the axis is of positions and the tokens are known."""
     tokens = result.about.get("tokens")
     if axis not in ("pos", "query", "key") or tokens is None:
-        return [_text(value) for value in values]
-    return [f"{value} {_text(tokens[value])}" if 0 <= value < len(tokens) else str(value) for value in values]
+        return [_label(value) for value in values]
+    return [f"{value} {_label(tokens[value])}" if 0 <= value < len(tokens) else str(value) for value in values]
+
+
+def _label(value) -> str:
+    text = str(value)
+    return _text(text if len(text) <= MAX_LABEL else text[: MAX_LABEL - 1] + "…")
 
 
 def _text(value) -> str:
-    """plotly reads its labels as HTML."""
-    text = str(value).replace("\n", "\\n")
-    return html.escape(text if len(text) <= MAX_LABEL else text[: MAX_LABEL - 1] + "…")
+    """plotly reads its texts as HTML."""
+    return html.escape(str(value)).replace("\n", "\\n")

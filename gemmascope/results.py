@@ -56,6 +56,12 @@ class Result:
         return self.values.mean(-1)
 
     @property
+    def effect(self) -> Float[Tensor, " cell"]:
+        """What each cell changed: its mean less that of the run it changes (`base`); the mean itself where there is
+        none."""
+        return self.mean if self.base is None else self.mean - self.baselines[self.base].mean()
+
+    @property
     def recovered(self) -> Float[Tensor, " cell"]:
         """(mean - corrupted) / (clean - corrupted), of the means over samples."""
         if not {"clean", "corrupted"} <= self.baselines.keys():
@@ -92,10 +98,8 @@ class Result:
     def top(self, n: int = 10) -> pandas.DataFrame:
         """The rows of the table with the largest effects: the farthest from the run that cells change (`base`), or from
         0 where they change none."""
-        table = self.table
-        nothing = 0.0 if self.base is None else float(self.baselines[self.base].mean())
-        effect = (table["value"] - nothing).abs()
-        return table.loc[effect.sort_values(ascending=False).index[:n]]
+        order = pandas.Series(self.effect.abs().tolist()).sort_values(ascending=False).index
+        return self.table.iloc[order[:n]]
 
     def only(self, **where) -> "Result":
         """The cells that have one value on an axis, or one of several: `only(layer=3, head=[0, 2])`.

@@ -36,6 +36,7 @@ def test_effects_are_changes_of_the_base_run():
     runs = {"clean": torch.tensor([2.0]), "corrupted": torch.tensor([-2.0])}
     noising = Result("noising", cells, torch.tensor([[2.1], [0.5], [2.0]]), "x", runs, base="clean")
     assert noising.top(1).index == [1] and replace(noising, base="corrupted").top(1).index == [0]
+    torch.testing.assert_close(noising.effect, torch.tensor([0.1, -1.5, 0.0]))
     colours = noising.plot().layout.coloraxis
     assert (colours.cmin + colours.cmax) / 2 == 1
     colours = noising.plot("value").layout.coloraxis

@@ -78,7 +78,7 @@ class SteerSweep:
         for column, result in enumerate((self.effect, self.side_effects), 1):
             figure.add_scatter(x=result.cells["strength"], y=result.mean.tolist(), row=1, col=column)
         figure.update_xaxes(title="strength")
-        return figure.update_layout(showlegend=False, template=LOOK)
+        return figure.update_layout(showlegend=False, template=LOOK, title=self.effect.experiment)
 
     def _repr_html_(self) -> str:
         return self.table.to_html(escape=True)
