@@ -13,7 +13,12 @@ SCALE = [[0.0, ORANGE], [0.5, "rgba(128, 128, 128, 0.1)"], [1.0, BLUE]]
 """Orange below the midpoint, blue above; at it the page shows through."""
 RISING = [[0.0, "rgba(128, 128, 128, 0.1)"], [1.0, BLUE]]
 """For figures that are never negative, such as attention."""
-_AXIS = dict(gridcolor="rgba(128, 128, 128, 0.25)", zerolinecolor="rgba(128, 128, 128, 0.5)", automargin=True)
+_AXIS = dict(
+    gridcolor="rgba(128, 128, 128, 0.25)",
+    zerolinecolor="rgba(128, 128, 128, 0.5)",
+    automargin=True,
+    title_standoff=10,  # from the labels, however long they are
+)
 LOOK = go.layout.Template(
     layout=dict(
         paper_bgcolor="rgba(0, 0, 0, 0)",
