@@ -85,7 +85,7 @@ def activation_patching(
     if model.tokenizer is not None:
         said["tokens"] = model.to_str_tokens(begun[base].tokens[0])
     figures = {name: run.figures for name, run in runs.items()}
-    name = "activation patching" + (" (noising)" if noising else "")
+    name = "activation patching" + (" (noising)" if base == "clean" else "")
     return Result(name, cells, values, unit_of(metric), figures, said, base)
 
 
