@@ -4,10 +4,37 @@ import html
 
 import pandas
 import plotly.graph_objects as go
+from pandas.api.types import is_float_dtype, is_numeric_dtype
 from plotly.subplots import make_subplots
 
-SCALE = [[0.0, "#b2182b"], [0.5, "#f7f7f7"], [1.0, "#2166ac"]]
-"""Red below zero, blue above."""
+ORANGE, BLUE, GREY = "#d95f02", "#3182bd", "#808080"
+"""Told apart by colour-blind readers, and legible on white and on black."""
+SCALE = [[0.0, ORANGE], [0.5, "rgba(128, 128, 128, 0.1)"], [1.0, BLUE]]
+"""Orange below the midpoint, blue above; at it the page shows through."""
+RISING = [[0.0, "rgba(128, 128, 128, 0.1)"], [1.0, BLUE]]
+"""For figures that are never negative, such as attention."""
+_AXIS = dict(
+    gridcolor="rgba(128, 128, 128, 0.25)",
+    zerolinecolor="rgba(128, 128, 128, 0.5)",
+    automargin=True,
+    title_standoff=10,  # from the labels, however long they are
+)
+LOOK = go.layout.Template(
+    layout=dict(
+        paper_bgcolor="rgba(0, 0, 0, 0)",
+        plot_bgcolor="rgba(0, 0, 0, 0)",
+        font_color=GREY,
+        colorway=[BLUE, ORANGE, "#1b9e77", "#cc79a7", GREY],
+        colorscale=dict(diverging=SCALE, sequential=RISING, sequentialminus=SCALE),
+        xaxis=_AXIS,
+        yaxis=_AXIS,
+        height=380,
+        margin=dict(l=60, r=20, t=60, b=60),
+    )
+)
+"""A template that any plotly figure can take: `px.imshow(x, template=plots.LOOK)`."""
+MAX_LABEL = 20
+"""Letters of a label at an axis; longer ones are cut."""
 
 
 def of_result(result, value: str | None = None) -> go.Figure:
@@ -17,67 +44,106 @@ def of_result(result, value: str | None = None) -> go.Figure:
     figures = [column for column in table if column not in result.axes]
     if value not in figures:
         raise ValueError(f"{value!r} is no figure of this {result.experiment}; it has {', '.join(figures)}.")
-    varied = [axis for axis in result.axes if table[axis].nunique() > 1] or result.axes[:1]
     unit = "share recovered" if value == "recovered" else result.unit
-    match varied:
+    match _varied(table, result.axes):
         case [axis]:
-            figure = go.Figure(go.Bar(x=_labels(table, result, axis), y=table[value], marker_color="#4393c3"))
+            figure = _curve(table, result, axis, value)
             figure.update_layout(xaxis_title=axis, yaxis_title=unit)
         case [rows, columns]:
-            figure = go.Figure(_heatmap(table, result, rows, columns, value, unit))
-            figure.update_layout(xaxis_title=columns, yaxis_title=rows)
-            figure.update_yaxes(autorange="reversed")
+            figure = _heatmaps([("", table)], result, rows, columns, value, unit)
         case [facets, rows, columns]:
-            parts = list(table.groupby(facets, sort=False))
-            figure = make_subplots(1, len(parts), subplot_titles=[_text(f"{facets} {name}") for name, _ in parts])
-            for number, (_, part) in enumerate(parts, 1):
-                figure.add_trace(_heatmap(part, result, rows, columns, value, unit, shared=True), 1, number)
-            figure.update_yaxes(autorange="reversed")
-            largest = float(table[value].abs().max())
-            figure.update_layout(coloraxis=dict(colorscale=SCALE, cmin=-largest, cmax=largest, colorbar_title=unit))
-        case _:
+            parts = [(_text(f"{facets} {name}"), part) for name, part in table.groupby(facets, sort=False)]
+            figure = _heatmaps(parts, result, rows, columns, value, unit)
+        case varied:
             raise ValueError(
                 f"A picture has three axes at most and this {result.experiment} varies {', '.join(varied)}: "
-                "plot a part of result.table."
+                "plot a part, as in result.only(layer=3).plot()."
             )
-    figure.update_layout(
-        title=_text(result.experiment),
-        paper_bgcolor="rgba(0,0,0,0)",
-        plot_bgcolor="rgba(0,0,0,0)",
-        font_color="#808080",  # legible on white and on black
-        margin=dict(l=60, r=20, t=50, b=60),
-    )
+    what = ", ".join(filter(None, (result.experiment, result.about.get("model"))))
+    return figure.update_layout(title=_text(what), template=LOOK)
+
+
+def _varied(table: pandas.DataFrame, axes: list[str]) -> list[str]:
+    """The axes that tell cells apart, without those that follow from the ones before."""
+    varied: list[str] = []
+    for axis in axes:
+        if len(table[[*varied, axis]].drop_duplicates()) > (len(table[varied].drop_duplicates()) if varied else 1):
+            varied.append(axis)
+    return varied or axes[:1]
+
+
+def _curve(table: pandas.DataFrame, result, axis: str, value: str) -> go.Figure:
+    """A line along numbers, bars for names; with the 95 % interval and the baselines, where the figures have them."""
+    names = _names(table[axis], result, axis)
+    error = None
+    if value == "value" and "low" in table:
+        above, below = table["high"] - table["value"], table["value"] - table["low"]
+        error = dict(array=above, arrayminus=below, symmetric=False, thickness=1.5, color=GREY)
+    if is_numeric_dtype(table[axis]) and names == table[axis].map(str).tolist():
+        figure = go.Figure(go.Scatter(x=table[axis], y=table[value], error_y=error, mode="lines+markers"))
+        if not is_float_dtype(table[axis]) and (table[axis].diff().dropna() == 1).all():
+            figure.update_xaxes(dtick=max(1, len(table) // 20))  # no layer 2.5
+    else:
+        figure = go.Figure(go.Bar(x=names, y=table[value], error_y=error, marker_opacity=0.6))
+    for name, baseline in result.baselines.items() if value == "value" else ():
+        figure.add_hline(float(baseline.mean()), line=dict(dash="dot", color=GREY), annotation_text=_text(name))
     return figure
 
 
-def _heatmap(
-    table: pandas.DataFrame, result, rows: str, columns: str, value: str, unit: str, shared: bool = False
-) -> go.Heatmap:
-    grid = table.pivot_table(index=rows, columns=columns, values=value, sort=False, dropna=False)
-    largest = float(grid.abs().max().max()) or 1.0
-    colours = dict(coloraxis="coloraxis") if shared else dict(colorscale=SCALE, zmin=-largest, zmax=largest)
-    return go.Heatmap(
-        z=grid.to_numpy(),
-        x=_names(grid.columns, result, columns),
-        y=_names(grid.index, result, rows),
-        colorbar=None if shared else dict(title=unit),
-        hovertemplate=f"{rows} %{{y}}<br>{columns} %{{x}}<br>%{{z:.3f}}<extra></extra>",
-        **colours,
-    )
+def _heatmaps(
+    parts: list[tuple[str, pandas.DataFrame]], result, rows: str, columns: str, value: str, unit: str
+) -> go.Figure:
+    """Side by side, on one colour scale whose middle is a cell that did nothing."""
+    titles = [title for title, _ in parts] if len(parts) > 1 else None
+    figure = make_subplots(1, len(parts), shared_yaxes=True, subplot_titles=titles, horizontal_spacing=0.02)
+    for number, (_, part) in enumerate(parts, 1):
+        grid = part.pivot_table(index=rows, columns=columns, values=value, sort=False, dropna=False)
+        trace = go.Heatmap(
+            z=grid.to_numpy(),
+            x=_names(grid.columns, result, columns),
+            y=_names(grid.index, result, rows),
+            coloraxis="coloraxis",
+            hovertemplate=f"{rows} %{{y}}<br>{columns} %{{x}}<br>%{{z:.3f}}<extra></extra>",
+            xgap=1,
+            ygap=1,
+        )
+        figure.add_trace(trace, 1, number)
+    figure.update_xaxes(type="category", title=columns, showgrid=False)
+    figure.update_yaxes(type="category", showgrid=False, autorange="reversed")
+    figure.update_yaxes(title=rows, col=1)
+    middle = _of_nothing(result, value)
+    table = pandas.concat([part for _, part in parts])[value]
+    reach = float((table - middle).abs().max()) or 1.0
+    bar = dict(title=dict(text=_text(unit), side="right"), thickness=14)
+    if middle == 0 and (table >= 0).all() and result.base is None:
+        figure.update_layout(coloraxis=dict(colorscale=RISING, cmin=0, cmax=reach, colorbar=bar))
+    else:
+        figure.update_layout(coloraxis=dict(colorscale=SCALE, cmin=middle - reach, cmax=middle + reach, colorbar=bar))
+    return figure.update_layout(height=max(300, 150 + 28 * parts[0][1][rows].nunique()))
 
 
-def _labels(table: pandas.DataFrame, result, axis: str) -> list[str]:
-    return _names(table[axis], result, axis)
+def _of_nothing(result, value: str) -> float:
+    """The figure of a cell that did nothing."""
+    if result.base is None:
+        return 0.0
+    if value == "recovered":
+        return 1.0 if result.base == "clean" else 0.0
+    return float(result.baselines[result.base].mean())
 
 
 def _names(values, result, axis: str) -> list[str]:
     """What stands at an axis: the number, and the token where the axis is of positions and the tokens are known."""
     tokens = result.about.get("tokens")
     if axis not in ("pos", "query", "key") or tokens is None:
-        return [_text(value) for value in values]
-    return [f"{value} {_text(tokens[value])}" if 0 <= value < len(tokens) else str(value) for value in values]
+        return [_label(value) for value in values]
+    return [f"{value} {_label(tokens[value])}" if 0 <= value < len(tokens) else str(value) for value in values]
+
+
+def _label(value) -> str:
+    text = str(value)
+    return _text(text if len(text) <= MAX_LABEL else text[: MAX_LABEL - 1] + "…")
 
 
 def _text(value) -> str:
-    """plotly reads its labels as HTML."""
+    """plotly reads its texts as HTML."""
     return html.escape(str(value)).replace("\n", "\\n")

@@ -4,7 +4,7 @@ import hashlib
 import html
 import importlib.metadata
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +31,14 @@ class Result:
     recovers: 1 as in the clean run, 0 as in the corrupted one."""
     about: dict[str, Any] = field(default_factory=dict)
     """What was run: model, fingerprint, versions, settings."""
+    base: str | None = None
+    """The baseline that cells are changes of: one with its figure did nothing. None where cells change no run."""
 
     def __post_init__(self) -> None:
         if len(self.cells) != len(self.values):
             raise ValueError(f"{len(self.cells)} cells came with figures for {len(self.values)}.")
+        if self.base is not None and self.base not in self.baselines:
+            raise ValueError(f"base is {self.base!r}; the baselines are {', '.join(self.baselines) or 'none'}.")
 
     @property
     def axes(self) -> list[str]:
@@ -50,6 +54,12 @@ class Result:
     def mean(self) -> Float[Tensor, " cell"]:
         """Each cell's figure, the mean over samples."""
         return self.values.mean(-1)
+
+    @property
+    def effect(self) -> Float[Tensor, " cell"]:
+        """What each cell changed: its mean less that of the run it changes (`base`); the mean itself where there is
+        none."""
+        return self.mean if self.base is None else self.mean - self.baselines[self.base].mean()
 
     @property
     def recovered(self) -> Float[Tensor, " cell"]:
@@ -86,10 +96,25 @@ class Result:
         return table
 
     def top(self, n: int = 10) -> pandas.DataFrame:
-        """The rows of the table with the largest effects: the farthest from the corrupted run, where there is one."""
-        table = self.table
-        effect = table.get("recovered", table["value"]).abs()
-        return table.loc[effect.sort_values(ascending=False).index[:n]]
+        """The rows of the table with the largest effects: the farthest from the run that cells change (`base`), or from
+        0 where they change none."""
+        order = pandas.Series(self.effect.abs().tolist()).sort_values(ascending=False).index
+        return self.table.iloc[order[:n]]
+
+    def only(self, **where) -> "Result":
+        """The cells that have one value on an axis, or one of several: `only(layer=3, head=[0, 2])`.
+
+        Raises:
+            ValueError: for an axis that is not there, or when no cell is left.
+        """
+        unknown = next((axis for axis in where if axis not in self.axes), None)
+        if unknown is not None:
+            raise ValueError(f"This {self.experiment} has no axis {unknown!r}; its axes are {', '.join(self.axes)}.")
+        asked = {axis: list(v) if isinstance(v, list | tuple | range) else [v] for axis, v in where.items()}
+        chosen = self.cells.index[self.cells[list(asked)].isin(asked).all(axis=1)]
+        if not len(chosen):
+            raise ValueError(f"No cell of this {self.experiment} has {where}.")
+        return replace(self, cells=self.cells.loc[chosen].reset_index(drop=True), values=self.values[chosen.tolist()])
 
     def __repr__(self) -> str:
         n_cells, n_samples = self.values.shape
@@ -103,7 +128,8 @@ class Result:
     # Pictures
 
     def plot(self, value: str | None = None):
-        """A plotly figure: bars for one axis, a heatmap for two, a row of heatmaps for three.
+        """A plotly figure: for one axis a line along numbers or bars for names, a heatmap for two, a row of heatmaps
+        for three. A heatmap's neutral colour is a cell that did nothing.
 
         Args:
             value: the column of the table to draw; "recovered" where there is one, else "value".
@@ -126,6 +152,7 @@ class Result:
         manifest = {
             "experiment": self.experiment,
             "unit": self.unit,
+            "base": self.base,
             "cells": {axis: self.cells[axis].tolist() for axis in self.axes},
             "about": self.about,
         }
@@ -146,6 +173,7 @@ class Result:
             unit=manifest["unit"],
             baselines={n.removeprefix("baseline."): x for n, x in tensors.items() if n.startswith("baseline.")},
             about=manifest["about"],
+            base=manifest["base"],
         )
 
 

@@ -223,7 +223,7 @@ def test_the_indirect_object_becomes_readable_before_it_is_said(nano):
     assert table["control"].between(0.35, 0.65).all()
     assert found.directions[5].shape == (1, nano.cfg.d_model)
     torch.testing.assert_close(found.scores.baselines["chance"], torch.full((3,), 0.5))
-    assert len(found.plot().data) == 1
+    assert [trace.name for trace in found.plot().data] == ["probe", "control task"]
     # Before the first layer the last token knows nothing of the others.
     before = gs.probe_layers(nano, prompts, answers, "resid_pre", [0], folds=3)
     assert float(before.scores.mean) == pytest.approx(0.5, abs=0.05)

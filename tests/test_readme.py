@@ -5,6 +5,8 @@ import io
 import re
 from pathlib import Path
 
+import pytest
+
 import gemmascope
 from gemmascope.config import PRESETS
 from gemmascope.model.text import HookedGemma4
@@ -14,8 +16,12 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 
 
-def test_example_prints_what_is_written():
-    code, printed = re.search(r"```python\n(.*?)```\n\n```text\n(.*?)```", README, re.DOTALL).groups()
+@pytest.mark.parametrize(
+    "code, printed",
+    re.findall(r"```python\n(.*?)```\n\n```text\n(.*?)```", README, re.DOTALL),
+    ids=["ten", "experiments"],
+)
+def test_example_prints_what_is_written(code, printed):
     out = io.StringIO()
     with contextlib.redirect_stdout(out):
         exec(compile(code, "README.md", "exec"), {})

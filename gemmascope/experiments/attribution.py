@@ -5,7 +5,7 @@ linear in the node: effect = (patched value - value) . gradient of the metric. A
 arXiv:2403.00745) mends its two blind spots: saturated attention (`qk_fix`) and effects that cancel (`grad_drop`).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 
@@ -190,7 +190,7 @@ class _Pass:
 
     model: object
     kept: dict[str, Tensor]
-    patch: dict[str, Tensor]
+    patch: Mapping[str, Tensor]
     grads: dict[str, Tensor]
     masks: dict[str, ops.Mask]
     qk_fix: bool
@@ -214,7 +214,7 @@ def _effects(of: _Pass, kind: str, by_position: bool | None) -> Float[Tensor, "p
     return torch.cat(parts, dim=1)
 
 
-def _slot_products(run: dict[str, Tensor], of: _Pass, layer: int) -> Float[Tensor, "prompt pos expert"]:
+def _slot_products(run: Mapping[str, Tensor], of: _Pass, layer: int) -> Float[Tensor, "prompt pos expert"]:
     """Each expert's weighted output in a run, times the gradient at the sum that it is part of."""
     post, indices, weights = (run[f"blocks.{layer}.{point}"] for point in _SLOTS)
     slots = of.model.blocks[layer].moe.down(post, (indices, weights))

@@ -409,4 +409,5 @@ def edge_patching(
         getattr(metric, "name", None) or getattr(metric, "__name__", "metric"),
         {name: x.cpu() for name, x in baselines.items()},
         about(model, prompts=b, norms=norms),
+        base="clean",
     )

@@ -83,7 +83,7 @@ def attention_knockout(
     base = Baseline(model, run, metric)
     values = run_cells(base, cuts, rows=rows, done=resumed(resume, table), progress=progress)
     said = about(model, window=window, renormalize=renormalize, spans={name: where[name] for name in names})
-    return Result("attention knockout", table, values, unit_of(metric), {"clean": base.figures}, said)
+    return Result("attention knockout", table, values, unit_of(metric), {"clean": base.figures}, said, "clean")
 
 
 def _cuts(
@@ -110,7 +110,7 @@ def attention_to(model, prompts, spans: Mapping[str, Span]) -> Result:
         spans: as in `attention_knockout`.
 
     Returns:
-        A Result by layer, head, "to" (the span that reads) and "from" (the span that is read).
+        A Result by "to" (the span that reads), "from" (the span that is read), layer and head.
 
     Raises:
         ValueError: for a span that a prompt does not hold once.
@@ -132,9 +132,10 @@ def attention_to(model, prompts, spans: Mapping[str, Span]) -> Result:
                     for prompt in range(len(pattern))
                 ]
                 values.append(torch.stack(figures, dim=-1))
-                cells += [(layer, head, to, source) for head in range(pattern.shape[1])]
-    table = pandas.DataFrame(cells, columns=["layer", "head", "to", "from"])
-    return Result("attention between spans", table, torch.cat(values).float().cpu(), "attention", {}, about(model))
+                cells += [(to, source, layer, head) for head in range(pattern.shape[1])]
+    table = pandas.DataFrame(cells, columns=["to", "from", "layer", "head"])
+    values = torch.cat(values).float().cpu()
+    return Result("attention between spans", table, values, "attention", {}, about(model))
 
 
 def positions_of(model, run: Pass, span: Span, name: str) -> list[list[int]]:

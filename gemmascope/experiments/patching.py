@@ -89,7 +89,8 @@ def activation_patching(
     if model.tokenizer is not None:
         said["tokens"] = model.to_str_tokens(begun[base].tokens[0])
     figures = {name: run.figures for name, run in runs.items()}
-    return Result("activation patching", cells, values, unit_of(metric), figures, said)
+    name = "activation patching" + (" (noising)" if base == "clean" else "")
+    return Result(name, cells, values, unit_of(metric), figures, said, base)
 
 
 def aligned(model, clean, corrupted) -> list[tuple[int, int]]:

@@ -73,16 +73,13 @@ class SteerSweep:
         """Both measures against strength, as a plotly figure: see `table` for the figures."""
         from plotly.subplots import make_subplots
 
+        from gemmascope.plots import LOOK
+
         figure = make_subplots(1, 2, subplot_titles=[self.effect.unit, self.side_effects.unit])
         for column, result in enumerate((self.effect, self.side_effects), 1):
             figure.add_scatter(x=result.cells["strength"], y=result.mean.tolist(), row=1, col=column)
         figure.update_xaxes(title="strength")
-        return figure.update_layout(
-            showlegend=False,
-            paper_bgcolor="rgba(0,0,0,0)",
-            plot_bgcolor="rgba(0,0,0,0)",
-            font_color="#808080",  # legible on white and on black
-        )
+        return figure.update_layout(showlegend=False, template=LOOK, title=self.effect.experiment)
 
     def _repr_html_(self) -> str:
         return self.table.to_html(escape=True)
@@ -130,7 +127,7 @@ def steer_sweep(
     what = about(model, site=info.name, positions=positions, norm=float(direction.norm()))
     name, unit = f"steering at {info.name}", getattr(metric, "name", "metric")
     return SteerSweep(
-        Result(name, cells, effect, unit, {"unsteered": unsteered}, what),
+        Result(name, cells, effect, unit, {"unsteered": unsteered}, what, "unsteered"),
         Result(f"side effects of {name}", cells, divergence, "KL (nats/token)", {}, what),
     )
 
@@ -191,7 +188,7 @@ def causal_check(
             values[cell] = measure(model, asked, metric, info, rows, change, batch_size)
     what = about(model, site=info.name, strength=strength, norm=float(direction.norm()), seed=seed)
     cells, unit = pandas.DataFrame(edits, columns=["edit", "direction"]), getattr(metric, "name", "metric")
-    return Result("causal check of a direction", cells, values, unit, {"unedited": unedited}, what)
+    return Result("causal check of a direction", cells, values, unit, {"unedited": unedited}, what, "unedited")
 
 
 def _checked(direction: Float[Tensor, " d"]) -> Float[Tensor, " d"]:

@@ -197,7 +197,7 @@ def sweep(
         raise ValueError(f"There are {len(cells)} cells and {len(interventions)} interventions: give one for each.")
     base = Baseline(model, prompts, metric)
     values = run_cells(base, interventions, rows=rows, done=resumed(resume, cells), progress=progress)
-    return Result("sweep", cells, values, unit_of(metric), {"clean": base.figures}, about(model))
+    return Result("sweep", cells, values, unit_of(metric), {"clean": base.figures}, about(model), "clean")
 
 
 def resumed(resume: Result | None, cells: pandas.DataFrame) -> Tensor | None:

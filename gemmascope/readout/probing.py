@@ -257,8 +257,13 @@ class LayerProbes:
         return table
 
     def plot(self):
-        """The scores as a plotly figure."""
-        return self.scores.plot()
+        """The scores, and those on the control task, as a plotly figure."""
+        figure = self.scores.plot()
+        if self.control is not None:
+            line = dict(x=self.control.cells["layer"], y=self.control.mean.tolist(), mode="lines+markers")
+            figure.data[0].name = "probe"
+            figure.add_scatter(**line, name="control task")
+        return figure
 
     def _repr_html_(self) -> str:
         return self.table.to_html(escape=True)
