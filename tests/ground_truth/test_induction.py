@@ -146,7 +146,7 @@ def test_keys_of_a_run_that_does_not_repeat_kill_it_and_its_queries_and_values_d
         asked,
         ["attn.hook_rot_q", "attn.hook_rot_k", "attn.hook_v_normed"],
         cells=pandas.DataFrame(cells, columns=["site", "layer"]),
-        noising=True,
+        direction="noising",
         progress=False,
     )
     queries, keys, values = result.mean.tolist()
