@@ -14,7 +14,7 @@ from gemmascope.model.text import HookedGemma4
 
 P, FIRST = 31, 3
 EQUALS = FIRST + P
-STEPS = 500
+STEPS = 250
 SUMS = torch.cartesian_prod(torch.arange(P), torch.arange(P))
 TOKENS = torch.cat((SUMS + FIRST, torch.full((P * P, 1), EQUALS)), dim=1)
 ANSWERS = SUMS.sum(1) % P + FIRST
@@ -77,17 +77,46 @@ def reading(model, frequencies: list[int]):
     return gs.replace("hook_embed", (kept * model.cfg.d_model**0.5)[SUMS], positions=[0, 1])
 
 
-def test_x(trained):
+def key_frequencies(model) -> list[int]:
+    """Those with more than 5 % of the norm, the strongest first. A flat spectrum has 1 / 15 = 6.7 % each."""
+    power = spectrum(model)
+    return [one + 1 for one in power.argsort(descending=True).tolist() if power[one] > 0.05]
+
+
+def share_by_sum(model, frequencies: list[int], site) -> float:
+    """The share of a site's variance over all sums, at "=", that waves of a + b at some frequencies make up."""
+    values = gs.collect(model, TOKENS, site, positions=-1)[site]
+    values = values - values.mean(0)
+    by_sum = waves()[frequencies][:, SUMS.sum(1) % P].transpose(0, 1).flatten(1)
+    return ((by_sum.T @ values) ** 2).sum().item() / P / (values**2).sum().item()
+
+
+@pytest.mark.slow
+def test_it_adds_by_a_few_frequencies(trained):
     model, seen = trained
-    s = spectrum(model)
-    print(accuracy(model, seen), accuracy(model, ~seen), s.sort(descending=True))
-    s0 = spectrum(untrained())
-    print(s0.sort(descending=True))
-    order = (s.argsort(descending=True) + 1).tolist()
-    for k in range(1, 8):
-        print(
-            k,
-            s.sort(descending=True).values[:k].sum(),
-            accuracy(model, interventions=reading(model, order[:k])),
-            accuracy(model, interventions=reading(model, order[k:])),
-        )
+    assert accuracy(model, seen) == 1 and accuracy(model, ~seen) > 0.99
+    key = key_frequencies(model)
+    assert 2 <= len(key) <= 6 and spectrum(model)[[one - 1 for one in key]].sum() > 0.9
+    others = [one for one in range(1, P // 2 + 1) if one not in key]
+    assert accuracy(model, interventions=reading(model, key)) > 0.99
+    chance = 1 / P
+    assert accuracy(model, interventions=reading(model, others)) < 3 * chance
+    # Controls: all frequencies together are the model; as many others are not missed.
+    whole = model(TOKENS, interventions=reading(model, key + others)).detach()
+    torch.testing.assert_close(whole, model(TOKENS).detach(), rtol=0, atol=1e-3)
+    fewer = reading(model, [one for one in range(1, P // 2 + 1) if one not in others[: len(key)]])
+    assert accuracy(model, interventions=fewer) > 0.99
+
+
+@pytest.mark.slow
+def test_what_is_computed_is_waves_of_the_sum(trained):
+    """cos w(a + b) and sin w(a + b), products of the inputs' waves, are nearly all that MLP and logits hold."""
+    model, _ = trained
+    key = key_frequencies(model)
+    assert share_by_sum(model, key, "hook_logits") > 0.9 and share_by_sum(model, key, ("mlp_out", 0)) > 0.8
+
+
+def test_untrained_it_has_no_frequencies():
+    model = untrained()
+    assert spectrum(model).max() < 0.15 and accuracy(model) < 3 / P
+    assert share_by_sum(model, list(range(1, 6)), "hook_logits") < 0.1
