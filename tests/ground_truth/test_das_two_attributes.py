@@ -42,28 +42,27 @@ def by_kind(found, cause: torch.Tensor) -> tuple[dict[str, float], dict[str, flo
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("attribute", "other"), [("home", "job"), ("job", "home")])
-def test_each_attribute_has_a_subspace_of_its_own(attribute, other):
-    model = gs.load("nano-moe")
+@pytest.mark.parametrize(("attribute", "other", "shuffled"), [("home", "job", True), ("job", "home", False)])
+def test_each_attribute_has_a_subspace_of_its_own(attribute, other, shuffled):
+    """The control of shuffled answers is learned for one of the two: it takes as long as the basis itself."""
     base, source, answers, causes = pairs_for(attribute, other, 600)
-    found = gs.fit_das(model, base, source, answers, SITE, 32, positions=NAME, steps=60)
+    settings = dict(positions=NAME, steps=80, lr=0.08, control=shuffled)
+    found = gs.fit_das(gs.load("nano-moe"), base, source, answers, SITE, 32, **settings)
     cause, isolate = by_kind(found, causes)
-    print(cause, isolate)
     assert cause["learned"] > 0.9 and isolate["learned"] > 0.9
     assert cause["random"] < 0.1 and isolate["random"] > 0.9  # a random basis changes nothing
-    assert cause["shuffled answers"] < 0.1
     assert cause["whole site"] > 0.95 and isolate["whole site"] < 0.1  # the whole site swaps both attributes
     assert cause["no swap"] < 0.05 and isolate["no swap"] > 0.95
+    if shuffled:
+        assert cause["shuffled answers"] < 0.1
 
 
 @pytest.mark.slow
 def test_an_untrained_model_has_no_such_subspace():
-    """Trained on the same pairs, a basis can steer any model to some answers, but not to those of unseen pairs."""
     shipped = gs.load("nano-moe")
     model = HookedGemma4(shipped.cfg, shipped.tokenizer).eval()
     base, source, answers, causes = pairs_for("home", "job", 300)
     found = gs.fit_das(model, base, source, answers, SITE, 32, positions=NAME, steps=40, control=False)
     cause, isolate = by_kind(found, causes)
-    print(cause, isolate)
     assert cause["learned"] < 0.2 and isolate["learned"] < 0.2
     assert cause["whole site"] < 0.1
