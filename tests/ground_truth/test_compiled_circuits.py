@@ -2,7 +2,8 @@
 Gupta et al. 2024, arXiv 2407.14494, and Tracr.)
 
 A compiled program is flat where it works: its MLP does not change with small changes of its input. So one gradient, in
-the clean run, misses edges that patching shows (EAP); gradients on the way from the corrupted run do not (EAP-IG).
+the clean run, misses edges that patching shows (EAP: AUROC 0.83 and 0.64); gradients on the way from the corrupted run
+do not (EAP-IG: 1.00 and 1.00 with ten steps or more, 1.00 and 0.93 with five).
 """
 
 from dataclasses import replace

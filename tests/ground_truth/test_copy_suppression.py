@@ -15,7 +15,6 @@ The final norm divides by the root mean square of that; the logit is the product
 """
 
 import math
-from dataclasses import dataclass
 
 import pytest
 import torch
@@ -72,20 +71,15 @@ def prompts(n: int = 24) -> tuple[torch.Tensor, torch.Tensor]:
     return tokens, names
 
 
-@dataclass
 class Expected:
     """What the module's docstring says of a name written with strength p."""
 
-    p: float
-
-    def __post_init__(self):
-        self.ratio = math.exp(SCORE * (self.p - 1) / math.hypot(1, self.p))
-        self.suppressed = GAINS[2] * self.ratio / math.hypot(1, self.ratio)
-        bos = GAINS[2] / math.hypot(1, self.ratio)
-        rms = math.sqrt(1 + (self.p - self.suppressed) ** 2 + bos**2)
-        to_logits = math.sqrt(D_MODEL) / rms
-        self.logit, self.by_suppressor = (self.p - self.suppressed) * to_logits, -self.suppressed * to_logits
-        self.frozen = lambda amount: amount * to_logits
+    def __init__(self, p: float):
+        self.ratio = math.exp(SCORE * (p - 1) / math.hypot(1, p))
+        self.suppressed, bos = (GAINS[2] * share / math.hypot(1, self.ratio) for share in (self.ratio, 1))
+        self.to_logits = math.sqrt(D_MODEL) / math.hypot(1, p - self.suppressed, bos)
+        """A unit of e_name in the stream, as the final norm of this run lets it through, in logits."""
+        self.logit = (p - self.suppressed) * self.to_logits
 
 
 @pytest.fixture(scope="module")
@@ -121,9 +115,9 @@ def test_attention_and_logits_are_the_analytic_ones(model):
     torch.testing.assert_close(said, torch.full_like(said, expected.logit), rtol=1e-5, atol=0)
     by_head = gs.direct_logit_attribution(model, tokens, names.tolist(), by="head")
     found = {(row.layer, row.head): row.value for row in by_head.table.itertuples()}
-    assert found[2, 0] == pytest.approx(expected.by_suppressor, rel=1e-5)
-    assert found[0, 0] == pytest.approx(expected.frozen(GAINS[0]), rel=1e-5)
-    assert found[1, 0] == pytest.approx(expected.frozen(GAINS[1]), rel=1e-5)
+    assert found[2, 0] == pytest.approx(-expected.suppressed * expected.to_logits, rel=1e-5)
+    assert found[0, 0] == pytest.approx(GAINS[0] * expected.to_logits, rel=1e-5)
+    assert found[1, 0] == pytest.approx(GAINS[1] * expected.to_logits, rel=1e-5)
     assert all(found[layer, 1] == 0 for layer in range(3))
     # Without the suppressor nothing holds the name down, and it is said most.
     free = model(tokens, interventions=gs.zero(("z", 2), heads=0))[:, -1].detach()
@@ -153,8 +147,8 @@ def test_ablating_a_copier_relieves_what_it_set_off(model):
     """Self-repair: the suppressor makes good most of what the copier's ablation takes away."""
     tokens, names = prompts()
     whole, without = Expected(GAINS[0] + GAINS[1]), Expected(GAINS[1])
-    direct = whole.frozen(GAINS[0])  # what direct logit attribution says the copier is worth
-    repaired = whole.frozen(whole.suppressed - without.suppressed)
+    direct = GAINS[0] * whole.to_logits  # what direct logit attribution says the copier is worth
+    repaired = (whole.suppressed - without.suppressed) * whole.to_logits
     total, by_suppressor = effects(model, tokens, names)
     assert by_suppressor.item() == pytest.approx(repaired, rel=1e-4)
     assert total.item() == pytest.approx(direct - repaired, rel=1e-4)
