@@ -1,13 +1,10 @@
-"""Interchanges swap what they say; DAS finds a planted subspace, and an attribute of nano-moe's people."""
-
-import random
+"""Interchanges swap what they say, and DAS finds a planted subspace. A trained model's: `ground_truth/`."""
 
 import pytest
 import torch
 
 import gemmascope as gs
 from gemmascope.testing import tiny_model
-from gemmascope.zoo.corpus import FACTS, PEOPLE
 
 N_A, N_B = 5, 7  # values of two attributes; a token for each pair of them
 
@@ -114,32 +111,6 @@ def test_interrupted_it_keeps_what_it_has_learned(built):
     assert found.accuracy.done.tolist() == [True, True, False]
     assert found.accuracy.about["settings"]["steps"] == len(found.losses)
     assert all(weight.requires_grad for weight in model.parameters())
-
-
-@pytest.mark.slow
-def test_home_and_job_of_a_person_lie_in_subspaces_of_their_own():
-    """RAVEL's question (Huang et al. 2024) on the shipped model: swap a person's home, leave the job as it is."""
-    model, rng = gs.load("nano-moe"), random.Random(0)
-    facts = {(fact.entity, fact.relation): fact for fact in FACTS}
-    pairs = []
-    for a in PEOPLE:
-        for b in PEOPLE:
-            home, job = ((facts[a, what], facts[b, what]) for what in ("home", "job"))
-            if home[0].value != home[1].value and job[0].value != job[1].value:
-                # "For Aldric, the home is": the name, at position 2, comes before what is asked of it.
-                pairs.append((home[0].prompt(1), home[1].prompt(1), " " + home[1].value, "cause"))
-                pairs.append((job[0].prompt(1), home[1].prompt(1), " " + job[0].value, "isolate"))
-    rng.shuffle(pairs)
-    base, source, answers, kinds = map(list, zip(*pairs[:600], strict=True))
-    found = gs.fit_das(model, base, source, answers, ("resid_post", 2), 32, positions=2, steps=60)
-    cause = torch.tensor([kinds[pair] == "cause" for pair in found.held_out.tolist()])
-    by_kind = torch.stack([found.accuracy.values[:, part].mean(1) for part in (cause, ~cause)])
-    (cause_learned, cause_random, cause_shuffled), (isolate_learned, isolate_random, _) = by_kind.tolist()
-    assert cause_learned > 0.9 and isolate_learned > 0.9
-    assert cause_random < 0.1 and isolate_random > 0.9  # a random basis changes nothing
-    assert cause_shuffled < 0.1
-    whole = found.accuracy.baselines["whole site"]
-    assert whole[cause].mean() > 0.95 and whole[~cause].mean() < 0.1  # the whole site swaps both attributes
 
 
 @pytest.mark.parametrize(
