@@ -20,7 +20,7 @@ _CONTENTS = {
     "model.text": "HookedGemma4",
     "sites": "SITES",
     "hooks": "OnHeads",
-    "cache": "ActivationCache RoutingTrace",
+    "cache": "ActivationCache",
     "interventions": "Intervention zero scale add replace patch mean resample knockout drop_expert force_expert "
     "freeze_routing freeze_norms save_interventions load_interventions",
     "metrics": "logit logit_difference log_prob prob kl_divergence",
@@ -41,6 +41,8 @@ _CONTENTS = {
     "readout.attribution": "direct_logit_attribution",
     "readout.heads": "head_table detect_heads repeated_tokens",
     "readout.circuits": "copying_score ov_scores qk_scores",
+    "routing.trace": "RoutingTrace trace_routing",
+    "routing.counts": "RoutingCounts count_routing",
 }
 _HOME = {name: f"gemmascope.{module}" for module, names in _CONTENTS.items() for name in names.split()}
 """Public name -> the module it lives in."""

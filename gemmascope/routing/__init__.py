@@ -1,0 +1,1 @@
+"""Router analysis: what the experts do, and whether it matters."""
