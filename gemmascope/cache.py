@@ -16,7 +16,6 @@ from gemmascope.rerun import Activations, fingerprint, refuse_if_edited
 from gemmascope.results import about
 from gemmascope.routing.trace import RoutingTrace, refuse_dense
 
-
 _EXPERT_PARTS = ("moe.hook_expert_post", "moe.router.hook_indices", "moe.router.hook_weights")
 
 

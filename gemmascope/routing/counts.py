@@ -11,7 +11,8 @@ do not depend on order or shards; prompts that are equal are drawn together.
 
 import difflib
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -48,13 +49,13 @@ class RoutingCounts:
 
     `tables[name]` has the label as its first axis, in the order of `labels`. All are plain sums:
 
-        tokens, prompts [label]
+        tokens, prompts [label]  a prompt counts for every label that one of its tokens has
         chosen [label, layer, rank, expert]  tokens whose choice of that rank is the expert
         weight, share [label, layer, rank, expert]  their final weights; the same without the per-expert scale
         prob [label, layer, expert]  the router's softmax
         entropy, margin, top1 [label, layer]  of the softmax (nats), of `RoutingTrace.margins`, its largest entry
         margin_bins [label, layer, bin]  margins in the bins of MARGIN_EDGES
-        pairs [label, layer, expert, expert]  tokens that chose both; the diagonal: tokens that chose the expert
+        pairs [label, layer, expert, expert]  tokens that chose both, the first at the better rank
         moves [label, layer - 1, expert, expert]  first choice in a layer, and in the next
         steps [label], repeats [label, layer, 2]  pairs of neighbouring tokens (of the later one's label); those with the
             same first choice, and those with any expert in common
@@ -133,8 +134,8 @@ class RoutingCounts:
 
     def __repr__(self) -> str:
         return (
-            f"RoutingCounts({self.n_tokens} tokens of {int(self.tables['prompts'].sum())} prompts, labels "
-            f"{', '.join(self.labels) or 'none'}, {len(self.layers)} layers, {self.k} of {self.n_experts} experts)"
+            f"RoutingCounts({self.n_tokens} tokens, labels {', '.join(self.labels) or 'none'}, "
+            f"{len(self.layers)} layers, {self.k} of {self.n_experts} experts)"
         )
 
     # Counting
@@ -190,8 +191,8 @@ class RoutingCounts:
         self._add("margin", by_label, margins)
         bins = torch.bucketize(margins.double(), MARGIN_EDGES[1:-1], right=True)
         self._add("margin_bins", (label, layer, bins))
-        one, other = chosen[..., :, None], chosen[..., None, :]
-        self._add("pairs", (label[:, None, None], layer[..., None, None], one, other))
+        first, second = torch.triu_indices(self.k, self.k, 1)
+        self._add("pairs", (label[:, None], layer[..., None], chosen[..., first], chosen[..., second]))
         self._add("moves", (label, layer[:-1], chosen[:-1, :, 0], chosen[1:, :, 0]))
         bucket = (trace.positions[trace.real] + 1).log2().long()
         self._add("buckets", (label, bucket))
@@ -301,6 +302,7 @@ def count_routing(
     *,
     batch_size: int = 32,
     window: int | None = None,
+    leave_out: Sequence[int] = (),
     vocabulary: bool = True,
     into: RoutingCounts | None = None,
     progress: bool = True,
@@ -312,6 +314,8 @@ def count_routing(
         labels: one for each text (its domain, say), or for each a list of labels, one for each token.
         window: how many tokens are read at once, by default the model's context. Longer texts are cut into windows,
             each of which counts as a prompt.
+        leave_out: token ids that are read and not counted, such as that of <bos>. Places, neighbours and next tokens are
+            then those among the tokens that are counted.
         vocabulary: also count by token id, which takes layers * experts * 12 bytes for each different id.
         into: counts to go on with, in place; what was counted stays, also when a text raises.
 
@@ -334,10 +338,10 @@ def count_routing(
     for piece in _windows(model, tqdm(texts, "routing", delay=1, leave=False, disable=not progress), labels, window):
         batch.append(piece)
         if len(batch) == batch_size:
-            counts.add(_traced(model, batch, said))
+            counts.add(_traced(model, batch, said, leave_out))
             done, batch = done + len(batch), []
     if batch:
-        counts.add(_traced(model, batch, said))
+        counts.add(_traced(model, batch, said, leave_out))
     elif not done:
         raise ValueError("There are no texts to count: the corpus is empty.")
     return counts
@@ -363,11 +367,13 @@ def _windows(model, texts, labels, window: int) -> Iterator[tuple[Tensor, Label]
         raise ValueError(f"There are more labels than texts, of which there were {number + 1}: give one for each.")
 
 
-def _traced(model, batch: list[tuple[Tensor, Label]], said: dict[str, Any]) -> RoutingTrace:
+def _traced(model, batch: list[tuple[Tensor, Label]], said: dict[str, Any], leave_out: Sequence[int]) -> RoutingTrace:
     rows, labels = zip(*batch, strict=True)
     tokens = torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=model.cfg.pad_token_id)
     mask = torch.arange(tokens.shape[1]) < torch.tensor([len(row) for row in rows])[:, None]
     names: list[str] = []
     numbers = numbered(labels, mask, names)
     mask = None if mask.all() else mask.to(model.cfg.device)
-    return run_traced(model, tokens.to(model.cfg.device), mask, said, numbers, names)
+    trace = run_traced(model, tokens.to(model.cfg.device), mask, said, numbers, names)
+    left_out = torch.isin(trace.tokens, torch.tensor(list(leave_out), dtype=torch.long, device=trace.tokens.device))
+    return replace(trace, real=trace.real & ~left_out)

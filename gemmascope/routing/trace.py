@@ -272,7 +272,9 @@ def run_traced(
     sites = [f"blocks.{layer}.moe.router.hook_{what}" for layer in layers for what in ROUTER]
     with model.hooks([(site, Reader(seen.__setitem__)) for site in sites]):
         predicted = model(tokens, attention_mask=mask).argmax(-1)
-    routed = {what: torch.stack([seen[f"blocks.{layer}.moe.router.hook_{what}"] for layer in layers]) for what in ROUTER}
+    routed = {
+        what: torch.stack([seen[f"blocks.{layer}.moe.router.hook_{what}"] for layer in layers]) for what in ROUTER
+    }
     real = torch.ones_like(predicted, dtype=torch.bool) if mask is None else mask.bool()
     return RoutingTrace(
         layers, **routed, real=real.to(predicted.device), tokens=tokens.to(predicted.device), predicted=predicted,
