@@ -57,8 +57,8 @@ class RoutingCounts:
         margin_bins [label, layer, bin]  margins in the bins of MARGIN_EDGES
         pairs [label, layer, expert, expert]  tokens that chose both, the first at the better rank
         moves [label, layer - 1, expert, expert]  first choice in a layer, and in the next
-        steps [label], repeats [label, layer, 2]  pairs of neighbouring tokens (of the later one's label); those with the
-            same first choice, and those with any expert in common
+        steps [label], repeats [label, layer, 2]  pairs of neighbouring tokens (of the later one's label); those with
+            the same first choice, and those with any expert in common
         buckets [label, bucket], positions [label, bucket, layer, expert]  by the token's place p in its prompt: bucket
             floor(log2(p + 1))
         draw_tokens [label, draw], draws [label, draw, layer, expert]  tokens, and choices of any rank, in each resample
@@ -314,8 +314,8 @@ def count_routing(
         labels: one for each text (its domain, say), or for each a list of labels, one for each token.
         window: how many tokens are read at once, by default the model's context. Longer texts are cut into windows,
             each of which counts as a prompt.
-        leave_out: token ids that are read and not counted, such as that of <bos>. Places, neighbours and next tokens are
-            then those among the tokens that are counted.
+        leave_out: token ids that are read and not counted, such as that of <bos>. Places in the prompt then count the
+            other tokens only; a token beside one that is left out has no neighbour there.
         vocabulary: also count by token id, which takes layers * experts * 12 bytes for each different id.
         into: counts to go on with, in place; what was counted stays, also when a text raises.
 

@@ -56,7 +56,7 @@ def _matrices(model, layer: int, of: str) -> Float[Tensor, "expert rows columns"
 def expert_similarity(model, layer: int, of: str = "out") -> Float[Tensor, "expert expert"]:
     """Cosine of experts' matrices, entry by entry: "gate", "in" (up) or "out" (down).
 
-    It compares neurons by their number: an expert whose neurons are another's in a different order is not seen as alike.
+    It compares neurons by their number: an expert with another's neurons in a different order is not seen as alike.
     """
     return _cosines(_matrices(model, layer, of).flatten(1))
 

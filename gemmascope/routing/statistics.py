@@ -153,10 +153,9 @@ def share_interval(count: Tensor, n: Tensor, level: float = 0.95) -> tuple[Tenso
     """The bootstrap interval of a share of n tokens: drawing n of them again gives Binomial(n, count / n) / n exactly,
     so nothing need be drawn. It takes tokens for independent, which neighbours are not; and it is empty at 0 and 1."""
     count, n = torch.broadcast_tensors(count.double(), n.double())
-    ends = [
-        torch.from_numpy(binom.ppf(q, n.numpy(), (count / n).numpy())) / n for q in ((1 - level) / 2, (1 + level) / 2)
-    ]
-    return ends[0], ends[1]
+    share = (count / n).numpy()
+    low, high = (torch.from_numpy(binom.ppf(q, n.numpy(), share)) / n for q in ((1 - level) / 2, (1 + level) / 2))
+    return low, high
 
 
 def _by_id(counts: RoutingCounts, of: str, min_count: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -63,12 +63,12 @@ class RoutingTrace:
         return torch.stack([experts.bincount(minlength=self.n_experts) / len(experts) for experts in chosen])
 
     @property
-    def margins(self) -> Float[Tensor, "layer *batch_and_pos"]:
+    def margins(self) -> Float[Tensor, " layer *batch_and_pos"]:
         """How close a flip is: the k-th largest probability minus the next (minus 0 where every expert is chosen)."""
         return _margins(self.probs, self.k)
 
     @property
-    def entropy(self) -> Float[Tensor, "layer *batch_and_pos"]:
+    def entropy(self) -> Float[Tensor, " layer *batch_and_pos"]:
         """The entropy of the router's softmax at each token, in nats."""
         return torch.special.entr(self.probs).sum(-1)
 
@@ -272,9 +272,8 @@ def run_traced(
     sites = [f"blocks.{layer}.moe.router.hook_{what}" for layer in layers for what in ROUTER]
     with model.hooks([(site, Reader(seen.__setitem__)) for site in sites]):
         predicted = model(tokens, attention_mask=mask).argmax(-1)
-    routed = {
-        what: torch.stack([seen[f"blocks.{layer}.moe.router.hook_{what}"] for layer in layers]) for what in ROUTER
-    }
+    by_layer = {what: [seen[f"blocks.{layer}.moe.router.hook_{what}"] for layer in layers] for what in ROUTER}
+    routed = {what: torch.stack(found) for what, found in by_layer.items()}
     real = torch.ones_like(predicted, dtype=torch.bool) if mask is None else mask.bool()
     return RoutingTrace(
         layers, **routed, real=real.to(predicted.device), tokens=tokens.to(predicted.device), predicted=predicted,
