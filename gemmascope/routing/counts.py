@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -51,7 +51,7 @@ class RoutingCounts:
 
         tokens, prompts [label]  a prompt counts for every label that one of its tokens has
         chosen [label, layer, rank, expert]  tokens whose choice of that rank is the expert
-        weight, share [label, layer, rank, expert]  their final weights; the same without the per-expert scale
+        weight [label, layer, rank, expert]  their final weights
         prob [label, layer, expert]  the router's softmax
         entropy, margin, top1 [label, layer]  of the softmax (nats), of `RoutingTrace.margins`, its largest entry
         margin_bins [label, layer, bin]  margins in the bins of MARGIN_EDGES
@@ -76,11 +76,14 @@ class RoutingCounts:
         cfg = model.cfg
         shape = {"layers": list(range(cfg.n_layers)), "n_experts": cfg.n_experts, "k": cfg.experts_per_token}
         shape |= {"n_buckets": cfg.n_ctx.bit_length(), "d_vocab": cfg.d_vocab}
-        self._start(about(model), shape, vocabulary)
+        scales = [block.moe.router.per_expert_scale for block in model.blocks]
+        self._start(about(model), shape, torch.stack(scales).detach().double().cpu(), vocabulary)
         self._tokenizer = model.tokenizer
 
-    def _start(self, said: dict[str, Any], shape: dict[str, Any], vocabulary: bool) -> None:
+    def _start(self, said: dict[str, Any], shape: dict[str, Any], scale: Tensor, vocabulary: bool) -> None:
         self.about, self.shape = said, shape
+        self.scale: Float[Tensor, "layer expert"] = scale
+        """Of each expert: what its renormalised probability is multiplied by to give its weight."""
         self.layers: list[int] = shape["layers"]
         self.n_experts: int = shape["n_experts"]
         self.k: int = shape["k"]
@@ -94,7 +97,7 @@ class RoutingCounts:
             "buckets": (shape["n_buckets"],), "positions": (shape["n_buckets"], *layer),
             "draws": (DRAWS, *layer), "draw_tokens": (DRAWS,),
         }  # fmt: skip
-        summed = {"weight": ranked, "share": ranked, "prob": layer}
+        summed = {"weight": ranked, "prob": layer}
         summed |= dict.fromkeys(("entropy", "margin", "top1"), (n_layers,))
         self.tables = {name: torch.zeros(0, *size, dtype=torch.long) for name, size in counted.items()}
         self.tables |= {name: torch.zeros(0, *size, dtype=torch.float64) for name, size in summed.items()}
@@ -168,7 +171,7 @@ class RoutingCounts:
         labels = mine[numbers]
         self._add_tokens(trace, labels[trace.real])
         self._add_steps(trace, labels)
-        self._add_prompts(trace, labels)
+        self._add_prompts(trace, labels[trace.real])
         if self.vocabulary:
             self._add_vocabulary(trace)
 
@@ -178,11 +181,8 @@ class RoutingCounts:
         layer, rank = torch.arange(len(chosen))[:, None], torch.arange(self.k)
         self._add("tokens", (label,))
         place = (label[:, None], layer[..., None], rank, chosen)
-        picked = probs.gather(-1, chosen).double()
-        total = picked.sum(-1, keepdim=True)
         self._add("chosen", place)
         self._add("weight", place, weights)
-        self._add("share", place, picked / total.masked_fill(total == 0, 1))
         by_label = (label, layer)
         self._add("prob", by_label, probs)
         self._add("top1", by_label, probs.max(-1).values)
@@ -209,18 +209,22 @@ class RoutingCounts:
         layer = torch.arange(len(before))[:, None, None]
         self._add("repeats", (label[:, None], layer, torch.arange(2)), torch.stack((same, common), dim=-1))
 
-    def _add_prompts(self, trace: RoutingTrace, labels: Int[Tensor, "prompt pos"]) -> None:
+    def _add_prompts(self, trace: RoutingTrace, label: Int[Tensor, " token"]) -> None:
         """Each prompt's choices, as often as it occurs in each resample."""
         drawn = torch.stack([_draws(row[here]) for row, here in zip(trace.tokens, trace.real, strict=True)])
+        groups, group = (label * len(drawn) + trace.real.nonzero()[:, 0]).unique(return_inverse=True)
+        counts = torch.zeros(len(groups), *self.tables["prob"].shape[1:])
         layer = torch.arange(len(trace.indices))[:, None, None]
-        for label in labels[trace.real].unique().tolist():
-            here = trace.real & (labels == label)
-            self.tables["prompts"][label] += here.any(-1).sum()
-            prompt = here.nonzero()[:, 0]
-            counts = torch.zeros(len(here), *self.tables["prob"].shape[1:])
-            counts.index_put_((prompt[:, None], layer, trace.indices[:, here]), torch.ones(()), accumulate=True)
-            self.tables["draws"][label] += torch.einsum("pb,ple->ble", drawn.float(), counts).long()
-            self.tables["draw_tokens"][label] += (drawn * here.sum(-1, keepdim=True)).sum(0)
+        counts.index_put_((group[:, None], layer, trace.indices[:, trace.real]), torch.ones(()), accumulate=True)
+        drawn, sizes = drawn[groups % len(drawn)], group.bincount()
+        whose = groups // len(trace.real)
+        self._add("prompts", (whose,))
+        for label in whose.unique().tolist():
+            mine = whose == label
+            self.tables["draws"][label] += (
+                (drawn[mine].T.float() @ counts[mine].flatten(1)).long().unflatten(1, counts.shape[1:])
+            )
+            self.tables["draw_tokens"][label] += sizes[mine] @ drawn[mine]
 
     def _add_vocabulary(self, trace: RoutingTrace) -> None:
         following = trace.tokens.roll(-1, 1)
@@ -248,7 +252,7 @@ class RoutingCounts:
         if any(other.vocabulary.keys() != self.vocabulary.keys() for other in others):
             raise ValueError("Some counts have a vocabulary and some have none: count all of them alike.")
         new = RoutingCounts.__new__(RoutingCounts)
-        new._start(self.about, self.shape, bool(self.vocabulary))
+        new._start(self.about, self.shape, self.scale, bool(self.vocabulary))
         for part in (self, *others):
             new._grow(part.labels)
             rows = torch.tensor([new.labels.index(label) for label in part.labels], dtype=torch.long)
@@ -266,7 +270,7 @@ class RoutingCounts:
 
     def save(self, folder: str | Path) -> None:
         """Writes counts.safetensors and manifest.json into a folder, which is made if it is not there."""
-        tensors = dict(self.tables)
+        tensors = self.tables | {"scale": self.scale}
         for kind, seen in self.seen.items():
             ids = seen.nonzero()[:, 0]
             tensors |= {f"{kind}.ids": ids, f"{kind}.seen": seen[ids], f"{kind}.experts": self.vocabulary[kind][ids]}
@@ -278,7 +282,7 @@ class RoutingCounts:
         """Reads what `save` wrote."""
         tensors, manifest = read_files(folder, "counts")
         new = cls.__new__(cls)
-        new._start(manifest["about"], manifest["shape"], "input.ids" in tensors)
+        new._start(manifest["about"], manifest["shape"], tensors["scale"], "input.ids" in tensors)
         new.labels = manifest["labels"]
         new.texts = {int(token): text for token, text in manifest["texts"].items()}
         new.tables = {name: tensors[name] for name in new.tables}
@@ -291,7 +295,8 @@ class RoutingCounts:
 def _draws(tokens: Int[Tensor, " pos"]) -> Int[Tensor, " draw"]:
     """How often a prompt occurs in each resample."""
     digest = hashlib.blake2b(tokens.numpy().tobytes(), digest_size=8).digest()
-    return torch.from_numpy(numpy.random.default_rng(int.from_bytes(digest)).poisson(1.0, DRAWS))
+    generator = numpy.random.Generator(numpy.random.Philox(key=int.from_bytes(digest)))
+    return torch.from_numpy(generator.poisson(1.0, DRAWS))
 
 
 @torch.no_grad()

@@ -43,8 +43,13 @@ def mass(counts: RoutingCounts, label: str | None = None, scaled: bool = True) -
 
     `scaled=False` leaves out Gemma 4's per-expert scale: then a layer's sum to 1.
     """
-    name = "weight" if scaled else "share"
-    return counts.total(name, label).sum(1) / counts.total("tokens", label)
+    return _weights(counts, label, scaled).sum(1) / counts.total("tokens", label)
+
+
+def _weights(counts: RoutingCounts, label: str | None, scaled: bool) -> Float[Tensor, "layer rank expert"]:
+    """Summed over tokens. An expert whose scale is 0 has no weight to take the scale from, and gets 0."""
+    weights = counts.total("weight", label)
+    return weights if scaled else weights / counts.scale.masked_fill(counts.scale == 0, 1)[:, None]
 
 
 def mean_prob(counts: RoutingCounts, label: str | None = None) -> Float[Tensor, "layer expert"]:
@@ -116,7 +121,7 @@ def margin_histogram(counts: RoutingCounts, label: str | None = None) -> pandas.
 
 def rank_weights(counts: RoutingCounts, label: str | None = None, scaled: bool = True) -> Float[Tensor, "layer rank"]:
     """The mean weight of the first, second, ... choice. Without the per-expert scale a layer's sum to 1."""
-    return counts.total("weight" if scaled else "share", label).sum(-1) / counts.total("tokens", label)
+    return _weights(counts, label, scaled).sum(-1) / counts.total("tokens", label)
 
 
 # What the work is shared out by

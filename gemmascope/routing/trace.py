@@ -248,15 +248,15 @@ def numbered(labels: Sequence[Label], real: Bool[Tensor, "prompt pos"], names: l
         raise ValueError(f"There are {len(labels)} labels for {len(real)} prompts: give one for each.")
     numbers = torch.zeros(real.shape, dtype=torch.long)
     for row, (label, here) in enumerate(zip(labels, real.cpu(), strict=True)):
-        each = [label] * int(here.sum()) if isinstance(label, str | int) else list(label)
-        if len(each) != here.sum():
+        each = [label] if isinstance(label, str | int) else list(label)
+        if isinstance(label, list | tuple) and len(each) != here.sum():
             raise ValueError(
                 f"Prompt {row} has {int(here.sum())} tokens and {len(each)} labels: give one for all, or one for each."
             )
         for name in dict.fromkeys(map(str, each)):
             if name not in names:
                 names.append(name)
-        numbers[row, here] = torch.tensor([names.index(str(one)) for one in each])
+        numbers[row, here] = torch.tensor([names.index(str(one)) for one in each])  # one label fills the row
     return numbers
 
 

@@ -30,7 +30,8 @@ def planted(model, logits, labels=None, names=(), tokens=None):
     """A trace of a router with these logits [layer, prompt, pos, expert]."""
     probs = logits.softmax(-1)
     best = probs.topk(K)
-    scale = torch.linspace(0.5, 1.5, N_EXPERTS)[best.indices]
+    scales = torch.stack([block.moe.router.per_expert_scale for block in model.blocks]).detach()
+    scale = scales[torch.arange(N_LAYERS)[:, None, None, None], best.indices]
     weights = best.values / best.values.sum(-1, keepdim=True) * scale
     real = torch.ones(logits.shape[1:3], dtype=torch.bool)
     tokens = torch.randint(3, 12, real.shape) if tokens is None else tokens
@@ -90,7 +91,10 @@ def test_load_and_mass(counts, trace, label):
             close(S.mean_prob(counts, label)[layer, e], float(trace.probs[layer][here][:, e].double().mean()))
     unscaled = S.mass(counts, label, scaled=False)
     close(unscaled.sum(-1), torch.ones(N_LAYERS))
-    close(unscaled * torch.linspace(0.5, 1.5, N_EXPERTS), S.mass(counts, label))
+    shares = trace.probs.gather(-1, trace.indices)[:, here].double()
+    shares /= shares.sum(-1, keepdim=True)
+    close(unscaled, torch.zeros(N_LAYERS, N_EXPERTS, dtype=torch.float64).scatter_add_(
+        1, trace.indices[:, here].flatten(1), shares.flatten(1)) / n)  # fmt: skip
     ranked = trace.weights[:, here].double().mean(1)
     close(S.rank_weights(counts, label), ranked)
     close(S.rank_weights(counts, label, scaled=False).sum(-1), torch.ones(N_LAYERS))

@@ -151,7 +151,6 @@ def brute_force(model, texts, labels):
                 for rank, expert in enumerate(chosen):
                     add("chosen", own, layer, rank, expert)
                     add("weight", own, layer, rank, expert, value=float(trace.weights[layer, 0, t, rank]))
-                    add("share", own, layer, rank, expert, value=float(probs[expert] / probs[chosen].sum()))
                     add("positions", own, bucket, layer, expert)
                     add("input", int(text[t]), layer, expert)
                     add("predicted", int(trace.predicted[0, t]), layer, expert)
