@@ -19,6 +19,7 @@ from typing import Any
 import numpy
 import torch
 from jaxtyping import Float, Int
+from scipy.stats import poisson
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -36,6 +37,7 @@ from gemmascope.routing.trace import (
 
 DRAWS = 200
 """Resamples of the bootstrap over prompts."""
+_POISSON = poisson.cdf(range(20), 1.0)
 MARGIN_EDGES = torch.logspace(-6, 0, 25, dtype=torch.float64)
 """Of the histogram of margins, four bins a decade. What is below the first falls into the first bin."""
 ALL = "all"
@@ -211,7 +213,7 @@ class RoutingCounts:
 
     def _add_prompts(self, trace: RoutingTrace, label: Int[Tensor, " token"]) -> None:
         """Each prompt's choices, as often as it occurs in each resample."""
-        drawn = torch.stack([_draws(row[here]) for row, here in zip(trace.tokens, trace.real, strict=True)])
+        drawn = _draws([row[here] for row, here in zip(trace.tokens, trace.real, strict=True)])
         groups, group = (label * len(drawn) + trace.real.nonzero()[:, 0]).unique(return_inverse=True)
         counts = torch.zeros(len(groups), *self.tables["prob"].shape[1:])
         layer = torch.arange(len(trace.indices))[:, None, None]
@@ -292,11 +294,15 @@ class RoutingCounts:
         return new
 
 
-def _draws(tokens: Int[Tensor, " pos"]) -> Int[Tensor, " draw"]:
-    """How often a prompt occurs in each resample."""
-    digest = hashlib.blake2b(tokens.numpy().tobytes(), digest_size=8).digest()
-    generator = numpy.random.Generator(numpy.random.Philox(key=int.from_bytes(digest)))
-    return torch.from_numpy(generator.poisson(1.0, DRAWS))
+def _draws(prompts: list[Int[Tensor, " pos"]]) -> Int[Tensor, "prompt draw"]:
+    """How often each prompt occurs in each resample: splitmix64 (Steele et al. 2014), seeded by its ids, as Poisson."""
+    digests = [hashlib.blake2b(ids.numpy().tobytes(), digest_size=8).digest() for ids in prompts]
+    seeds = numpy.array([int.from_bytes(digest) for digest in digests], dtype=numpy.uint64)
+    x = seeds[:, None] + numpy.uint64(0x9E3779B97F4A7C15) * numpy.arange(1, DRAWS + 1, dtype=numpy.uint64)
+    x = (x ^ (x >> 30)) * numpy.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> 27)) * numpy.uint64(0x94D049BB133111EB)
+    uniform = (x ^ (x >> 31)) / 2.0**64
+    return torch.from_numpy(numpy.searchsorted(_POISSON, uniform, side="right"))
 
 
 @torch.no_grad()
