@@ -27,6 +27,7 @@ from gemmascope.results import about
 from gemmascope.routing.trace import (
     Label,
     RoutingTrace,
+    margins_of,
     numbered,
     read_files,
     refuse_dense,
@@ -35,6 +36,7 @@ from gemmascope.routing.trace import (
     write_files,
 )
 
+Chosen = Int[Tensor, "layer token slot"]
 DRAWS = 200
 """Resamples of the bootstrap over prompts."""
 _POISSON = poisson.cdf(range(20), 1.0)
@@ -170,33 +172,36 @@ class RoutingCounts:
         numbers = torch.zeros_like(trace.tokens) if trace.labels is None else trace.labels
         self._grow(names[number] for number in numbers[trace.real].unique().tolist())
         mine = torch.tensor([self.labels.index(name) if name in self.labels else -1 for name in names])
-        labels = mine[numbers]
-        self._add_tokens(trace, labels[trace.real])
+        labels, real = mine[numbers], trace.real.flatten().nonzero()[:, 0]
+        chosen, weights, probs = (
+            x.flatten(1, 2).index_select(1, real) for x in (trace.indices, trace.weights, trace.probs)
+        )
+        label = labels.flatten()[real]
+        self._add_tokens(label, trace.positions.flatten()[real], chosen, weights, probs)
         self._add_steps(trace, labels)
-        self._add_prompts(trace, labels[trace.real])
+        self._add_prompts(trace, label, real // trace.real.shape[1], chosen)
         if self.vocabulary:
-            self._add_vocabulary(trace)
+            self._add_vocabulary(trace, real, chosen)
 
-    def _add_tokens(self, trace: RoutingTrace, label: Int[Tensor, " token"]) -> None:
-        """Everything that is a sum over single tokens."""
-        chosen, weights, probs = (x[:, trace.real] for x in (trace.indices, trace.weights, trace.probs))
+    def _add_tokens(self, label: Tensor, place: Tensor, chosen: Chosen, weights: Tensor, probs: Tensor) -> None:
+        """Everything that is a sum over single tokens. `place` is a token's in its prompt."""
         layer, rank = torch.arange(len(chosen))[:, None], torch.arange(self.k)
         self._add("tokens", (label,))
-        place = (label[:, None], layer[..., None], rank, chosen)
-        self._add("chosen", place)
-        self._add("weight", place, weights)
+        by_rank = (label[:, None], layer[..., None], rank, chosen)
+        self._add("chosen", by_rank)
+        self._add("weight", by_rank, weights)
         by_label = (label, layer)
         self._add("prob", by_label, probs)
         self._add("top1", by_label, probs.max(-1).values)
         self._add("entropy", by_label, torch.special.entr(probs).sum(-1))
-        margins = trace.margins[:, trace.real]
+        margins = margins_of(probs, self.k)
         self._add("margin", by_label, margins)
         bins = torch.bucketize(margins.double(), MARGIN_EDGES[1:-1], right=True)
         self._add("margin_bins", (label, layer, bins))
         first, second = torch.triu_indices(self.k, self.k, 1)
         self._add("pairs", (label[:, None], layer[..., None], chosen[..., first], chosen[..., second]))
         self._add("moves", (label, layer[:-1], chosen[:-1, :, 0], chosen[1:, :, 0]))
-        bucket = (trace.positions[trace.real] + 1).log2().long()
+        bucket = (place + 1).log2().long()
         self._add("buckets", (label, bucket))
         self._add("positions", (label[:, None], bucket[:, None], layer[..., None], chosen))
 
@@ -211,13 +216,13 @@ class RoutingCounts:
         layer = torch.arange(len(before))[:, None, None]
         self._add("repeats", (label[:, None], layer, torch.arange(2)), torch.stack((same, common), dim=-1))
 
-    def _add_prompts(self, trace: RoutingTrace, label: Int[Tensor, " token"]) -> None:
+    def _add_prompts(self, trace: RoutingTrace, label: Tensor, prompt: Tensor, chosen: Chosen) -> None:
         """Each prompt's choices, as often as it occurs in each resample."""
         drawn = _draws([row[here] for row, here in zip(trace.tokens, trace.real, strict=True)])
-        groups, group = (label * len(drawn) + trace.real.nonzero()[:, 0]).unique(return_inverse=True)
+        groups, group = (label * len(drawn) + prompt).unique(return_inverse=True)
         counts = torch.zeros(len(groups), *self.tables["prob"].shape[1:])
-        layer = torch.arange(len(trace.indices))[:, None, None]
-        counts.index_put_((group[:, None], layer, trace.indices[:, trace.real]), torch.ones(()), accumulate=True)
+        layer = torch.arange(len(chosen))[:, None, None]
+        counts.index_put_((group[:, None], layer, chosen), torch.ones(()), accumulate=True)
         drawn, sizes = drawn[groups % len(drawn)], group.bincount()
         whose = groups // len(trace.real)
         self._add("prompts", (whose,))
@@ -228,19 +233,21 @@ class RoutingCounts:
             )
             self.tables["draw_tokens"][label] += sizes[mine] @ drawn[mine]
 
-    def _add_vocabulary(self, trace: RoutingTrace) -> None:
-        following = trace.tokens.roll(-1, 1)
-        followed = trace.real & trace.real.roll(-1, 1)
+    def _add_vocabulary(self, trace: RoutingTrace, real: Int[Tensor, " token"], chosen: Chosen) -> None:
+        followed = trace.real.roll(-1, 1)
         followed[:, -1] = False
-        layer = torch.arange(len(trace.indices))[:, None, None]
-        kinds = {"input": (trace.tokens, trace.real), "next": (following, followed)}
-        kinds["predicted"] = (trace.predicted, trace.real)
-        for kind, (ids, where) in kinds.items():
-            self.seen[kind] += ids[where].bincount(minlength=len(self.seen[kind]))
-            place = (ids[where][:, None], layer, trace.indices[:, where])
-            self.vocabulary[kind].index_put_(place, torch.ones((), dtype=torch.int32), accumulate=True)
+        followed = followed.flatten()[real]
+        tokens, following, predicted = (
+            x.flatten()[real] for x in (trace.tokens, trace.tokens.roll(-1, 1), trace.predicted)
+        )
+        kinds = {"input": (tokens, chosen), "next": (following[followed], chosen[:, followed])}
+        kinds["predicted"] = (predicted, chosen)
+        layer, one = torch.arange(len(chosen))[:, None, None], torch.ones((), dtype=torch.int32)
+        for kind, (ids, experts) in kinds.items():
+            self.seen[kind] += ids.bincount(minlength=len(self.seen[kind]))
+            self.vocabulary[kind].index_put_((ids[:, None], layer, experts), one, accumulate=True)
         if self._tokenizer is not None:
-            met = torch.cat((trace.tokens[trace.real], trace.predicted[trace.real])).unique().tolist()
+            met = torch.cat((tokens, predicted)).unique().tolist()
             new = [token for token in met if token not in self.texts]
             self.texts |= dict(zip(new, self._tokenizer.to_str_tokens(new), strict=True)) if new else {}
 

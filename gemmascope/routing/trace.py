@@ -65,7 +65,7 @@ class RoutingTrace:
     @property
     def margins(self) -> Float[Tensor, " layer *batch_and_pos"]:
         """How close a flip is: the k-th largest probability minus the next (minus 0 where every expert is chosen)."""
-        return _margins(self.probs, self.k)
+        return margins_of(self.probs, self.k)
 
     @property
     def entropy(self) -> Float[Tensor, " layer *batch_and_pos"]:
@@ -175,7 +175,7 @@ class RoutingTrace:
         return RoutingTrace(traces[0].layers, **joined, label_names=names, about=said)
 
 
-def _margins(probs: Float[Tensor, "*token expert"], k: int) -> Float[Tensor, " *token"]:
+def margins_of(probs: Float[Tensor, "*token expert"], k: int) -> Float[Tensor, " *token"]:
     if k == probs.shape[-1]:
         return probs.min(-1).values
     best = probs.topk(k + 1, dim=-1).values
