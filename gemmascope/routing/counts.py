@@ -301,7 +301,7 @@ class RoutingCounts:
         return new
 
 
-def _draws(prompts: list[Int[Tensor, " pos"]]) -> Int[Tensor, "prompt draw"]:
+def _draws(prompts: list[Tensor]) -> Int[Tensor, "prompt draw"]:
     """How often each prompt occurs in each resample: splitmix64 (Steele et al. 2014), seeded by its ids, as Poisson."""
     digests = [hashlib.blake2b(ids.numpy().tobytes(), digest_size=8).digest() for ids in prompts]
     seeds = numpy.array([int.from_bytes(digest) for digest in digests], dtype=numpy.uint64)
