@@ -20,7 +20,7 @@ _CONTENTS = {
     "model.text": "HookedGemma4",
     "sites": "SITES",
     "hooks": "OnHeads",
-    "cache": "ActivationCache RoutingTrace",
+    "cache": "ActivationCache",
     "interventions": "Intervention zero scale add replace patch mean resample knockout drop_expert force_expert "
     "freeze_routing freeze_norms save_interventions load_interventions",
     "metrics": "logit logit_difference log_prob prob kl_divergence",
@@ -44,6 +44,8 @@ _CONTENTS = {
     "routing.causal": "expert_ablation fewer_experts branch_ablation silencing_estimate",
     "routing.swaps": "swap_routing frozen_routing routing_regret",
     "routing.steering": "localise risk_difference steering_hooks expert_npmi reweight_experts",
+    "routing.trace": "RoutingTrace trace_routing",
+    "routing.counts": "RoutingCounts count_routing",
 }
 _HOME = {name: f"gemmascope.{module}" for module, names in _CONTENTS.items() for name in names.split()}
 """Public name -> the module it lives in."""

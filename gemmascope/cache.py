@@ -2,39 +2,19 @@
 
 import difflib
 from collections.abc import MutableMapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens.utilities import Slice
 
 from gemmascope import ops
 from gemmascope.decomposition import Decomposable
 from gemmascope.rerun import Activations, fingerprint, refuse_if_edited
-
-
-@dataclass(frozen=True)
-class RoutingTrace:
-    """Which experts each token went to. Layers are stacked in the order of `layers`."""
-
-    layers: tuple[int, ...]
-    indices: Int[Tensor, "layer *batch_and_pos slot"]
-    """Chosen experts, the router's most probable first (or in the order in which a hook chose them)."""
-    weights: Float[Tensor, "layer *batch_and_pos slot"]
-    """Their final weights: renormalised probabilities times the per-expert scale."""
-    probs: Float[Tensor, "layer *batch_and_pos expert"]
-    """The router's softmax over all experts."""
-    real: Bool[Tensor, " *batch_and_pos"]
-    """False on padding."""
-
-    def load(self) -> Float[Tensor, "layer expert"]:
-        """The share of (token, slot) pairs that went to each expert, padding left out; rows sum to 1."""
-        n_experts = self.probs.shape[-1]
-        chosen = [layer[self.real].flatten() for layer in self.indices]
-        return torch.stack([experts.bincount(minlength=n_experts) / len(experts) for experts in chosen])
-
+from gemmascope.results import about
+from gemmascope.routing.trace import RoutingTrace, refuse_dense
 
 _EXPERT_PARTS = ("moe.hook_expert_post", "moe.router.hook_indices", "moe.router.hook_weights")
 
@@ -277,8 +257,7 @@ class ActivationCache(Decomposable):
     @property
     def routing(self) -> RoutingTrace:
         """The experts of every layer of a mixture-of-experts model."""
-        if self.model.cfg.n_experts is None:
-            raise ValueError(f"{self.model.cfg.model_name} has no experts to route to.")
+        refuse_dense(self.model)
         layers = tuple(range(self.model.cfg.n_layers))
 
         names = ("hook_indices", "hook_weights", "hook_probs")
@@ -289,7 +268,7 @@ class ActivationCache(Decomposable):
             fed = self._padding if self.has_batch_dim else self._padding[0]
             n_queries = next(iter(self._masks.values())).n_queries
             real = self._positions.apply(fed[..., -n_queries:], dim=-1).to(indices.device)
-        return RoutingTrace(layers, indices, weights, probs, real)
+        return RoutingTrace(layers, indices, weights, probs, real.bool(), about=about(self.model))
 
     # Whole-cache operations
 
