@@ -93,17 +93,19 @@ class Intervention:
         index = self._index(x, site, offset, growing)
         if index is None:
             return
-        if "experts" in self.where and chosen is not None:
-            self._edit_slots(x, index, chosen)
-        elif self.action == "patch":
-            value, axes = self._source(x, site, offset, growing), site.axes.split()
-            before = [offset if axis in ("pos", "query") else 0 for axis in axes]
-            there = zip(index, before, value.shape, strict=True)
-            x[index] = value[tuple(i + n if size > 1 else torch.zeros_like(i) for i, n, size in there)]
+        old = x.clone() if chosen is not None else None
+        if self.action == "patch":
+            value = self._source(x, site, offset, growing)
+            before = [offset if axis in _ALONG else 0 for axis in site.axes.split()]
+            x[index] = value[tuple(map(_there, index, before, value.shape))]
         elif self.action == "force":
             self._force(x, index)
         else:
             x[index] = self._changed(x[index])
+        if chosen is not None:  # slots of other experts stay as they were
+            experts = torch.tensor(self.where["experts"], device=x.device)
+            others = ~torch.isin(chosen, experts)
+            x[others] = old[others]
 
     def _changed(self, part: Tensor) -> Tensor:
         value = self.value.to(part) if isinstance(self.value, Tensor) else self.value
@@ -118,7 +120,7 @@ class Intervention:
     def _source(self, x: Tensor, site: SiteInfo, offset: int, growing: bool) -> Tensor:
         value = self.value.to(x.device, x.dtype)
         for axis, came, size in zip(site.axes.split(), value.shape, x.shape, strict=True):
-            along = axis in ("pos", "query")
+            along = axis in _ALONG
             there = size + offset if along else size
             if came not in (1, there) and not (along and growing):
                 raise ValueError(
@@ -127,20 +129,14 @@ class Intervention:
                 )
         return value
 
-    def _edit_slots(self, x: Tensor, index: tuple[Tensor, ...], chosen: Tensor) -> None:
-        experts = torch.tensor(self.where["experts"], device=chosen.device)
-        hit = torch.zeros_like(chosen, dtype=torch.bool)
-        hit[index[:2]] = torch.isin(chosen, experts)[index[:2]]
-        x[hit] = self._changed(x[hit])
-
-    def _force(self, indices: Tensor, index: tuple[Tensor, ...]) -> None:
+    def _force(self, indices: Tensor, index: tuple) -> None:
         """Where an expert is not among the chosen, it takes the last (least likely) slot."""
         part = indices[index[:2]]
         missing = ~(part == int(self.value)).any(-1)
         part[..., -1] = torch.where(missing, int(self.value), part[..., -1])
         indices[index[:2]] = part
 
-    def _index(self, x: Tensor, site: SiteInfo, offset: int, growing: bool) -> tuple[Tensor, ...] | None:
+    def _index(self, x: Tensor, site: SiteInfo, offset: int, growing: bool) -> tuple[Tensor | slice, ...] | None:
         """An index for every axis, as an outer product; None when nothing of the part is in x."""
         axes = site.axes.split()
         taken = {next((a for a in _AXES[name] if a in axes), None): (name, part) for name, part in self.where.items()}
@@ -152,19 +148,21 @@ class Intervention:
         lists = []
         for axis, size in zip(axes, x.shape, strict=True):
             name, part = taken.get(axis, (axis, slice(None)))
-            before = offset if axis in ("pos", "query") else 0
-            along = axis in ("pos", "query")
+            along = axis in _ALONG
+            before = offset if along else 0
             named = entries(part, size, name, site.name, before, growing and along)
             if along and self.action == "patch" and self.value.shape[len(lists)] > 1:  # no further than the other run
                 named = [entry for entry in named if entry + before < self.value.shape[len(lists)]]
             lists.append(named)
         if not all(lists):
             return None
-        n = len(lists)
-        return tuple(
+        whole = [len(entry) == size for entry, size in zip(lists, x.shape, strict=True)]
+        n = max((axis + 1 for axis, is_whole in enumerate(whole) if not is_whole), default=0)
+        arrays = (
             torch.tensor(entry, device=x.device).view([-1 if i == axis else 1 for i in range(n)])
-            for axis, entry in enumerate(lists)
+            for axis, entry in enumerate(lists[:n])
         )
+        return (*arrays, *[slice(None)] * (len(lists) - n))  # what is whole at the end costs no index
 
     def to_dict(self) -> dict[str, Any]:
         """All but a tensor value, as JSON takes it."""
@@ -175,6 +173,17 @@ class Intervention:
         site = self.site if isinstance(self.site, str) else list(self.site)
         value = None if isinstance(self.value, Tensor) else self.value
         return {"site": site, "action": self.action, "where": where, "value": value, "label": self.label}
+
+
+_ALONG = ("pos", "query")
+"""The axes along which a KV cache grows."""
+
+
+def _there(index: Tensor | slice, before: int, size: int) -> Tensor | slice:
+    """Where in the run to patch from an index of this one is: an axis of size 1 stands for every index."""
+    if isinstance(index, slice):
+        return slice(before, None) if size > 1 else index
+    return index + before if size > 1 else torch.zeros_like(index)
 
 
 def _shown(part: tuple[int, ...] | slice) -> str:
@@ -334,15 +343,32 @@ def hooks_of(model, interventions, now: Progress) -> list[tuple[str, Callable]]:
         name = model.full_name(one.site)
         model._check_name(name)
         site = model.sites[name]._replace(name=name)  # the table has one row for all layers
+        check_part(one, site)
         if one.action == "cut":
             found.append((name, CutEdges(dict(one.where), now)))
             continue
         memory: list[Tensor | None] = [None]
-        if "experts" in one.where and "slot" in site.axes.split() and not name.endswith("hook_indices"):
-            block = name.partition(".moe.")[0]
-            found.append((f"{block}.moe.router.hook_indices", _remember(memory)))
+        if by_slot(one, site):
+            found.append((f"{name.partition('.moe.')[0]}.moe.router.hook_indices", _remember(memory)))
         found.append((name, _editor(one, site, now, memory)))
     return found
+
+
+def by_slot(one: Intervention, site: SiteInfo) -> bool:
+    """Whether a part is of experts, and the site has them by slot."""
+    return "experts" in one.where and "slot" in site.axes.split()
+
+
+def check_part(one: Intervention, site: SiteInfo) -> None:
+    """Raises ValueError for an edit that has no meaning at a site."""
+    name = site.name
+    if one.action == "cut" and not name.endswith(("hook_attn_scores", "hook_pattern")):
+        raise ValueError(f"{name} has no edges to cut: gs.knockout cuts them at the scores or the pattern.")
+    if one.action == "patch" and by_slot(one, site):
+        raise ValueError(
+            f"{name} is by slot, and a slot of another run may hold another expert: "
+            "gs.activation_patching(..., 'moe.hook_expert_out', ('layer', 'expert')) patches what an expert adds."
+        )
 
 
 def _remember(memory: list) -> Callable:

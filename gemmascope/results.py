@@ -78,7 +78,8 @@ class Result:
             raise ValueError(f"An interval needs two samples at least, and this {self.experiment} has {n}.")
         generator = torch.Generator().manual_seed(seed)
         drawn = torch.randint(n, (draws, n), generator=generator)
-        shares = torch.nn.functional.one_hot(drawn, n).sum(1).type_as(self.values) / n
+        once = torch.full(drawn.shape, 1 / n, dtype=self.values.dtype)
+        shares = torch.zeros_like(once).scatter_add_(1, drawn, once)
         tails = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=self.values.dtype)
         return torch.quantile(self.values @ shares.T, tails, dim=1)
 

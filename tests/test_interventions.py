@@ -191,6 +191,26 @@ def test_the_model_is_left_as_it_was(moe):
     assert not moe.following and not any(block.watched for block in moe.blocks)
 
 
+def test_experts_of_slots_may_be_narrowed_to_positions_slots_and_neurons(moe):
+    _, cache = moe.run_with_cache(TOKENS, names_filter=lambda name: "blocks.2.moe" in name)
+    indices, post = cache["moe.router.hook_indices", 2], cache["moe.hook_expert_post", 2]
+    expert = int(indices[:, :, 1].flatten().mode().values)
+    where = dict(experts=expert, positions=slice(2, 11), slots=[0, 1], neurons=[3, 7])
+    _, edited_cache = moe.run_with_cache(
+        TOKENS,
+        names_filter=lambda name: "blocks.2.moe" in name,
+        interventions=gs.zero(("moe.hook_expert_post", 2), **where),
+    )
+    expected = post.clone()
+    for b, p, slot in (indices == expert).nonzero().tolist():
+        if 2 <= p < 11 and slot < 2:
+            expected[b, p, slot, [3, 7]] = 0
+    assert torch.equal(edited_cache["moe.hook_expert_post", 2], expected) and not torch.equal(expected, post)
+
+    _, swapped = moe.run_with_cache(TOKENS, interventions=gs.replace(("moe.router.hook_indices", 2), 7, experts=expert))
+    assert torch.equal(swapped["moe.router.hook_indices", 2], indices.masked_fill(indices == expert, 7))
+
+
 @pytest.mark.parametrize(
     "make, said",
     [
@@ -204,6 +224,11 @@ def test_the_model_is_left_as_it_was(moe):
         (lambda: gs.resample(("z", 1), torch.zeros(1, 13, 4, 8)), "resample needs two prompts"),
         (lambda: gs.knockout(1, heads=7), "heads 7 does not exist"),
         (lambda: gs.force_expert(1, 8), "a hook chose expert 8"),
+        (
+            lambda: gs.patch(("moe.hook_expert_out", 1), torch.zeros(3, 13, 3, 48), experts=2),
+            "is by slot, and a slot of",
+        ),
+        (lambda: gs.Intervention(("z", 1), "cut"), "has no edges to cut: gs.knockout"),
     ],
 )
 def test_a_part_that_does_not_exist_is_said_in_one_sentence(moe, make, said):

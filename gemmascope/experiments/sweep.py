@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from gemmascope.hooks import CutEdges, Progress, entries
-from gemmascope.interventions import Intervention, flat
+from gemmascope.interventions import Intervention, by_slot, check_part, flat
 from gemmascope.metrics import measured
 from gemmascope.model.inputs import Pass
 from gemmascope.model.resume import KV, taken_up
@@ -110,6 +110,7 @@ class Baseline:
         for number, cell in enumerate(cells):
             for one in cell:
                 name = self.model.full_name(one.site)
+                check_part(one, self.model.sites[name]._replace(name=name))
                 if one.action == "cut":
                     batch = entries(one.where.get("batch"), n, "batch", name)
                     where = {**one.where, "batch": [number * n + row for row in batch]}
@@ -118,13 +119,13 @@ class Baseline:
                     edits[name].append((slice(number * n, (number + 1) * n), one))
         for name, given in edits.items():
             site, memory = self.model.sites[name]._replace(name=name), []
-            if "slot" in site.axes and any("experts" in one.where for _, one in given):
+            if any(by_slot(one, site) for _, one in given):
                 indices = f"{name.partition('.moe.')[0]}.moe.router.hook_indices"
                 hooks.append((indices, lambda x, hook, memory=memory: memory.append(x.clone())))
 
             def edit(x: Tensor, hook, site=site, memory=memory, given=given) -> Tensor:
                 for rows, one in given:
-                    one.edit(x[rows], site, offset=pos, chosen=memory[0][rows] if memory else None)
+                    one.edit(x[rows], site, offset=pos, chosen=memory[0][rows] if by_slot(one, site) else None)
                 return x
 
             hooks.append((name, edit))
