@@ -51,12 +51,16 @@ def experts(
     (n, k), d = indices.shape, down.shape[1]
     said, place = _said(x, indices, gate_up, down)
     weights = weights if slot_gain is None else weights * slot_gain
-    out = x.new_empty(n, d)
-    step = max(1, 2**21 // (k * d))  # as many tokens as stay in the cache
+    out, step = x.new_empty(n, d), max(1, min(n, 2**20 // (k * d)))  # as many tokens as stay in the cache
+    slots, weighted = said.new_empty(step * k, d), wide(said[:0]).new_empty(step * k, d)
     for start in range(0, n, step):
-        here = slice(start, start + step)
-        slots = said.index_select(0, place[here].reshape(-1)).view(-1, k, d)
-        torch.sum(slots.mul_(weights[here, :, None]), 1, out=out[here])
+        here = slice(start, min(n, start + step))
+        rows = slice(0, (here.stop - start) * k)
+        torch.index_select(said, 0, place[here].reshape(-1), out=slots[rows])
+        # Converted by themselves: a product of two dtypes converts number by number.
+        weighted[rows].copy_(slots[rows])
+        slots[rows].copy_(weighted[rows].mul_(weights[here].reshape(-1, 1)))
+        torch.sum(slots[rows].view(-1, k, d), 1, out=out[here])
     return out
 
 
