@@ -17,7 +17,8 @@ ROWS = (
     ("experts", "forward", "T=256 E=128 k=8 d=2816 m=704", "26B-A4B's experts, 256 tokens"),
     ("model_moe", "forward", "S=4096", "50 M mixture of experts, 4K"),
     ("model_edge", "forward", "S=4096", "Small edge model, 4K"),
-    ("bridge_time", "run_with_cache", "S=4096", "Caching every activation, 4K"),
+    ("bridge_time", "run_with_cache", "S=4096", "run_with_cache, 4K tokens"),
+    ("sweep_resid", "layer+pos", "64 tokens of nano-moe", "Patching every position, 64"),
 )
 """(row, mode, shape, what it is called), in the order of the bars."""
 
