@@ -51,7 +51,9 @@ def by_layer_and_pos(result):
 
 @pytest.mark.parametrize("noising", [False, True])
 def test_patching_s2_flips_the_sign_until_the_last_token_has_read_it(model, difference, noising):
-    result = gs.activation_patching(model, CLEAN, OTHER_S2, difference, noising=noising, progress=False)
+    result = gs.activation_patching(
+        model, CLEAN, OTHER_S2, difference, direction="noising" if noising else "denoising", progress=False
+    )
     clean, corrupted = (result.baselines[name] for name in ("clean", "corrupted"))
     assert (clean > 0).all() and (corrupted < 0).all()
     # How much of the source run the patch brings: in noising, that is what is lost of the clean one.
