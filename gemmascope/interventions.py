@@ -220,7 +220,7 @@ def add(site: Site, direction: Tensor, strength: float = 1.0, **where: Indices) 
     return _at(site, "add", strength * direction, "add", where)
 
 
-def replace(site: Site, value: float | Tensor, **where: Indices) -> Intervention:
+def replace(site: Site, value: int | float | Tensor, **where: Indices) -> Intervention:
     """Puts a value in place: a number, or a tensor that broadcasts to the part."""
     return _at(site, "set", value, "replace", where)
 
