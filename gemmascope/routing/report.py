@@ -173,7 +173,7 @@ class RoutingReport:
     def domains(self) -> pandas.DataFrame:
         """`domain_specialization`: the share of each label's tokens that go to each expert; beside it loss and kl, what
         silencing does to the predictions of that label (NaN where the sample has none), and their number n."""
-        table = S.domain_specialization(self.counts)
+        table = S.domain_specialization(self.counts).sort_values(["label", *CELL], ignore_index=True)
         if self.silenced is None or not self.labelled:
             return table
         return table.merge(self.silenced.by_label, how="left", on=["label", "layer", "expert"])
@@ -184,7 +184,8 @@ class RoutingReport:
         if not self.labelled:
             return pandas.DataFrame()
         labels = self.counts.labels
-        return pandas.DataFrame(S.domain_similarity(self.counts).mean(0).numpy(), index=labels, columns=labels)
+        table = pandas.DataFrame(S.domain_similarity(self.counts).mean(0).numpy(), index=labels, columns=labels)
+        return table.sort_index().sort_index(axis=1)
 
     @cached_property
     def words(self) -> pandas.DataFrame:
@@ -415,7 +416,7 @@ def report(
     whose = None if labels is None else islice([labels] if isinstance(labels, str) else labels, max_texts)
     n = min(len(texts), max_texts or len(texts)) if isinstance(texts, Sequence | Tensor) else max_texts
     bar = tqdm(given, "counting", n, delay=1, leave=False, unit="text", disable=not progress)
-    pieces = kept.passing(windows(model, bar, whose, model.cfg.n_ctx))
+    pieces = kept.passing(_by_length(windows(model, bar, whose, model.cfg.n_ctx), 16 * batch_size))
     with interruptible(lambda: f"the report is of the {counts.n_tokens} tokens counted so far."):
         count_routing(model, *in_step(pieces), batch_size=batch_size, into=counts, progress=False)
     made = RoutingReport(counts, kept.passed, len(kept.kept))
@@ -437,6 +438,13 @@ def report(
                 made.branch = branch_ablation(model, prompts, seed=seed, progress=progress)
             made.estimate = silencing_estimate(model, prompts)
     return made
+
+
+def _by_length(pieces: Iterable[tuple[Tensor, Label]], n: int) -> Iterator[tuple[Tensor, Label]]:
+    """Some at a time, the shortest of these first: batches of texts of a length waste little on padding."""
+    pieces = iter(pieces)
+    while some := list(islice(pieces, n)):
+        yield from sorted(some, key=lambda piece: len(piece[0]))
 
 
 def in_step(pairs: Iterable[tuple]) -> tuple[Iterator, Iterator]:
