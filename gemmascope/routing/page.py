@@ -19,8 +19,8 @@ from gemmascope.plots import BLUE, GREY, LOOK, ORANGE, RISING, SCALE, escaped, l
 from gemmascope.routing import statistics as S
 from gemmascope.routing.report import MEANING, SHOWN, TESTED, RoutingReport
 
-MAX_LIFT = 3.0
-"""log2 of a lift beyond which the colour no longer changes: eight times, or an eighth of, the use by all text."""
+MAX_LIFT = 8.0
+"""Beyond it, the colour no longer changes."""
 NATS = "nats a token"
 
 
@@ -137,14 +137,11 @@ def _layers(report: RoutingReport) -> go.Figure:
             figure.add_trace(line, 1, column)
     figure.update_xaxes(title="layer", dtick=max(1, len(table) // 10))
     figure.update_yaxes(range=[0, 1.02], col=1)
-    below = dict(orientation="h", yanchor="top", y=-0.2)
-    halves = (0.46, 0.54) if effects else (1.0, 0.0)
-    return figure.update_layout(
-        legend=below | dict(x=0, entrywidth=170), legend2=below | dict(x=halves[1], entrywidth=170), height=440
-    )
+    below = dict(yanchor="top", y=-0.22, xanchor="left")
+    return figure.update_layout(legend=below | dict(x=0), legend2=below | dict(x=0.54), height=480)
 
 
-_BY_LAYER = {"nmi": "NMI with the label", "same_first": "same first choice as the token before"}
+_BY_LAYER = {"nmi": "NMI with the label", "same_first": "first choice repeated"}
 _BY_LAYER |= {"next_layer": "told of the next layer"}
 _EFFECTS = {"silenced": "one expert silenced (mean)", "first_only": "first choice alone"}
 _EFFECTS |= {"none": "no experts", "wrong": "wrong experts"}
@@ -154,10 +151,8 @@ def _domains(report: RoutingReport) -> go.Figure:
     """Whose experts they are, and under that, whom it hurts to silence them."""
     table = report.domains
     cell = table["layer"].astype(str) + "." + table["expert"].astype(str)
-    with numpy.errstate(divide="ignore"):
-        lift = numpy.log2(table["lift"]).clip(-MAX_LIFT, MAX_LIFT)
-    table = table.assign(cell=cell, lift=lift)
-    panels = {"lift": "use by the label, over use by all (log2)"}
+    table = table.assign(cell=cell, lift=table["lift"].clip(upper=MAX_LIFT))
+    panels = {"lift": "use by the label, over use by all text (1: as much)"}
     if "loss" in table:
         panels["loss"] = f"effect on the label's predictions: silenced ({NATS})"
     figure = make_subplots(len(panels), 1, shared_xaxes=True, subplot_titles=[*panels.values()], vertical_spacing=0.12)
@@ -167,7 +162,7 @@ def _domains(report: RoutingReport) -> go.Figure:
     figure.update_xaxes(type="category", showgrid=False, nticks=60)
     figure.update_xaxes(title="layer.expert", row=len(panels))
     figure.update_yaxes(type="category", showgrid=False, autorange="reversed")
-    figure.update_layout(coloraxis=_axis(0.0, table["lift"], "log2", 1.01))
+    figure.update_layout(coloraxis=_axis(1.0, table["lift"], "times", 1.01))
     if len(panels) == 2:
         figure.update_layout(coloraxis2=_axis(0.0, table["loss"], NATS, 1.01))
         for axis, y in (("coloraxis", 0.78), ("coloraxis2", 0.22)):
@@ -178,7 +173,7 @@ def _domains(report: RoutingReport) -> go.Figure:
 def _margins(report: RoutingReport) -> go.Figure:
     """How close the last choice is to the next: where it is next to nothing, small changes flip it."""
     table = S.margin_histogram(report.counts)
-    table["margin"] = table["low"].map("{:.1e}".format)
+    table["margin"] = table["low"].map("{:.0e}".format)
     figure = go.Figure(_grid(table, "share", "coloraxis", "layer", "margin"))
     figure.update_xaxes(type="category", showgrid=False, title="probability of the last choice less that of the next")
     figure.update_yaxes(type="category", showgrid=False, autorange="reversed", title="layer")
@@ -229,7 +224,7 @@ table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabula
 th, td { padding: 0.2rem 0.6rem; text-align: right; white-space: nowrap; border: 0; }
 thead th { position: sticky; top: 0; background: Canvas; box-shadow: 0 1px var(--line); }
 tbody tr:nth-child(odd) { background: var(--quiet); }
-.words td { text-align: left; white-space: normal; }
+.words th, .words td { text-align: left; white-space: normal; }
 summary { cursor: pointer; margin: 0.6rem 0; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: 0.1rem 1rem; font-size: 13px; }
 dt { font-weight: 600; } dd { margin: 0; }

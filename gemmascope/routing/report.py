@@ -56,6 +56,8 @@ MEANING = {
 """Columns of `RoutingReport.experts`."""
 STATISTICS = tuple(MEANING)[:10]
 """Those that are looked up without changing the model."""
+EFFECTS = ("loss", "low", "high", "matched load", "random expert", "excess", "kl", "estimate")
+"""Those of changing it, controls among them; `experts` has them beside the load."""
 TESTED = {"loss": "effect", "excess": "effect beyond matched load"}
 """What statistics are correlated with."""
 MIN_COUNT = 10
@@ -71,9 +73,9 @@ class RoutingReport:
     counts: RoutingCounts
     """Sums over all tokens of the corpus."""
     n_texts: int
-    """Texts that were read; of those longer than the context, windows."""
+    """Texts that were read."""
     n_sampled: int
-    """How many of these contributions and effects were measured on."""
+    """How many of these (or windows of those longer than the context) contributions and effects were measured on."""
     profile: ExpertProfile | None = None
     """Contributions; None where it was interrupted before."""
     silenced: RoutingEffect | None = None
@@ -111,7 +113,8 @@ class RoutingReport:
             parts.append(self.estimate.cells.assign(estimate=self.estimate.mean.tolist()))
         for part in parts:
             table = table.merge(part, how="left", on=CELL)
-        return table
+        first = [name for name in (*CELL, "load", *EFFECTS) if name in table]  # side by side
+        return table[[*first, *table.columns.difference(first, sort=False)]]
 
     @cached_property
     def layers(self) -> pandas.DataFrame:
@@ -297,6 +300,7 @@ class RoutingReport:
             parts.append(
                 f"of {len(part)} statistics {best['statistic']} goes best with the {of}: Spearman "
                 f"{best['spearman']:.2f} ({best['low']:.2f} to {best['high']:.2f}, {int(best['n'])} experts)"
+                + (", which is not told from 0" if best["low"] < 0 < best["high"] else "")
             )
         return said + "; ".join(parts) + "."
 
@@ -347,12 +351,17 @@ class _Sample:
 
     def __init__(self, size: int, seed: int):
         self.kept: list[tuple[Tensor, Label]] = []
-        self.passed, self.seen, self.size, self.random = 0, 0, size, random.Random(seed)
+        self.n_texts, self.seen, self.size, self.random = 0, 0, size, random.Random(seed)
+
+    def reading(self, texts: Iterable) -> Iterator:
+        """Hands texts on, and counts them."""
+        for text in texts:
+            self.n_texts += 1
+            yield text
 
     def passing(self, pieces: Iterable[tuple[Tensor, Label]]) -> Iterator[tuple[Tensor, Label]]:
         """Hands them on, and keeps some of those that predict anything."""
         for piece in pieces:
-            self.passed += 1
             if len(piece[0]) > 1:
                 self.seen += 1
                 place = self.random.randrange(self.seen)
@@ -416,10 +425,10 @@ def report(
     whose = None if labels is None else islice([labels] if isinstance(labels, str) else labels, max_texts)
     n = min(len(texts), max_texts or len(texts)) if isinstance(texts, Sequence | Tensor) else max_texts
     bar = tqdm(given, "counting", n, delay=1, leave=False, unit="text", disable=not progress)
-    pieces = kept.passing(_by_length(windows(model, bar, whose, model.cfg.n_ctx), 16 * batch_size))
+    pieces = kept.passing(_by_length(windows(model, kept.reading(bar), whose, model.cfg.n_ctx), 16 * batch_size))
     with interruptible(lambda: f"the report is of the {counts.n_tokens} tokens counted so far."):
         count_routing(model, *in_step(pieces), batch_size=batch_size, into=counts, progress=False)
-    made = RoutingReport(counts, kept.passed, len(kept.kept))
+    made = RoutingReport(counts, kept.n_texts, len(kept.kept))
     if not kept.kept:
         return made
     with interruptible("what was not measured yet is left out."):
