@@ -21,6 +21,7 @@ from gemmascope.routing.report import MEANING, SHOWN, TESTED, RoutingReport
 
 MAX_LIFT = 8.0
 """Beyond it, the colour no longer changes."""
+_FAINT = "rgba(217, 95, 2, 0.6)"
 NATS = "nats a token"
 
 
@@ -162,7 +163,10 @@ def _domains(report: RoutingReport) -> go.Figure:
     figure.update_xaxes(type="category", showgrid=False, nticks=60)
     figure.update_xaxes(title="layer.expert", row=len(panels))
     figure.update_yaxes(type="category", showgrid=False, autorange="reversed")
-    figure.update_layout(coloraxis=_axis(1.0, table["lift"], "times", 1.01))
+    most = max(2.0, float(table["lift"].max()))
+    scale = [[0.0, _FAINT], [1 / most, SCALE[1][1]], [1.0, BLUE]]  # its middle is 1, not half of the most
+    bar = dict(title=dict(text="times", side="right"), thickness=12, x=1.01)
+    figure.update_layout(coloraxis=dict(colorscale=scale, cmin=0, cmax=most, colorbar=bar))
     if len(panels) == 2:
         figure.update_layout(coloraxis2=_axis(0.0, table["loss"], NATS, 1.01))
         for axis, y in (("coloraxis", 0.78), ("coloraxis2", 0.22)):

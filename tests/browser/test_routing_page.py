@@ -40,7 +40,7 @@ def test_every_picture_is_drawn(browser, report, tmp_path, scheme, width):
     drawn = page.locator("div[id^=plot-]")
     assert drawn.count() == len(report.plots)
     for number in range(drawn.count()):
-        assert drawn.nth(number).locator(".plot path, .plot image").count() > 0
+        assert drawn.nth(number).locator("image, path.point, .point path").count() > 0
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     context.close()
     assert troubles == []
