@@ -223,6 +223,8 @@ p { margin: 0.4rem 0; max-width: 80ch; }
 .findings { background: var(--quiet); border-left: 3px solid #3182bd; padding: 0.6rem 1rem; }
 .findings li { margin: 0.25rem 0; }
 .findings ul { margin: 0; padding-left: 1.1rem; }
+.plot { overflow-x: auto; }
+.plot > div { min-width: 720px; }
 .table { overflow: auto; max-height: 30rem; border: 1px solid var(--line); }
 table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums; width: 100%; }
 th, td { padding: 0.2rem 0.6rem; text-align: right; white-space: nowrap; border: 0; }
@@ -286,7 +288,8 @@ def summary(report: RoutingReport) -> str:
 
 
 def _section(name: str) -> str:
-    return f'<h2>{TITLES[name]}</h2>\n<p class="note">{NOTES[name]}</p>\n<div id="plot-{name}"></div>\n'
+    plot = f'<div class="plot"><div id="plot-{name}"></div></div>'
+    return f'<h2>{TITLES[name]}</h2>\n<p class="note">{NOTES[name]}</p>\n{plot}\n'
 
 
 def _list(sentences: list[str]) -> str:
