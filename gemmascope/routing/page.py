@@ -40,11 +40,19 @@ def figures(report: RoutingReport) -> dict[str, go.Figure]:
     return {name: figure.update_layout(template=LOOK, margin_t=50) for name, figure in drawn.items()}
 
 
-def _axis(middle: float, values, title: str, x: float) -> dict:
-    """A colour axis on which `middle` is the page's own colour, with its bar at x."""
-    reach = float(numpy.nanmax(numpy.abs(numpy.asarray(values, dtype=float) - middle), initial=0.0)) or 1.0
+def _effect_axis(values, title: str, x: float) -> dict:
+    """A colour axis on which no effect is the page's own colour, with its bar at x."""
+    reach = float(numpy.nanmax(numpy.abs(numpy.asarray(values, dtype=float)), initial=0.0)) or 1.0
     bar = dict(title=dict(text=title, side="right"), thickness=12, x=x)
-    return dict(colorscale=SCALE, cmin=middle - reach, cmax=middle + reach, colorbar=bar)
+    return dict(colorscale=SCALE, cmin=-reach, cmax=reach, colorbar=bar)
+
+
+def _share_axis(usual: float, values: pandas.Series, title: str, x: float) -> dict:
+    """One from 0 on, on which what is usual is the page's own colour."""
+    most = max(2 * usual, float(values.max()))
+    scale = [[0.0, _FAINT], [usual / most, SCALE[1][1]], [1.0, BLUE]]
+    bar = dict(title=dict(text=title, side="right"), thickness=12, x=x)
+    return dict(colorscale=scale, cmin=0, cmax=most, colorbar=bar)
 
 
 def _grid(table: pandas.DataFrame, value: str, axis: str, rows: str = "layer", columns: str = "expert") -> go.Heatmap:
@@ -70,13 +78,14 @@ def _effects(report: RoutingReport) -> go.Figure:
         1, len(panels), shared_yaxes=True, subplot_titles=[*panels.values()], horizontal_spacing=0.03
     )
     for column, name in enumerate(panels, 1):
-        figure.add_trace(_grid(table, name, "coloraxis" if name == "load" else "coloraxis2"), 1, column)
+        shown = table.dropna(subset=name)  # of many experts, some were silenced
+        figure.add_trace(_grid(shown, name, "coloraxis" if name == "load" else "coloraxis2"), 1, column)
     figure.update_xaxes(type="category", title="expert", showgrid=False)
     figure.update_yaxes(type="category", showgrid=False, autorange="reversed")
     figure.update_yaxes(title="layer", col=1)
-    figure.update_layout(coloraxis=_axis(1 / report.counts.n_experts, table["load"], "share", 1.01))
+    figure.update_layout(coloraxis=_share_axis(1 / report.counts.n_experts, table["load"], "share", 1.01))
     if report.silenced is not None:
-        figure.update_layout(coloraxis2=_axis(0.0, table[["loss", "matched load"]], f"change of loss ({NATS})", 1.11))
+        figure.update_layout(coloraxis2=_effect_axis(table[["loss", "matched load"]], f"change of loss ({NATS})", 1.11))
     return figure.update_layout(height=max(300, 150 + 26 * len(report.counts.layers)), margin_r=170)
 
 
@@ -163,12 +172,9 @@ def _domains(report: RoutingReport) -> go.Figure:
     figure.update_xaxes(type="category", showgrid=False, nticks=60)
     figure.update_xaxes(title="layer.expert", row=len(panels))
     figure.update_yaxes(type="category", showgrid=False, autorange="reversed")
-    most = max(2.0, float(table["lift"].max()))
-    scale = [[0.0, _FAINT], [1 / most, SCALE[1][1]], [1.0, BLUE]]  # its middle is 1, not half of the most
-    bar = dict(title=dict(text="times", side="right"), thickness=12, x=1.01)
-    figure.update_layout(coloraxis=dict(colorscale=scale, cmin=0, cmax=most, colorbar=bar))
+    figure.update_layout(coloraxis=_share_axis(1.0, table["lift"], "times", 1.01))
     if len(panels) == 2:
-        figure.update_layout(coloraxis2=_axis(0.0, table["loss"], NATS, 1.01))
+        figure.update_layout(coloraxis2=_effect_axis(table["loss"], NATS, 1.01))
         for axis, y in (("coloraxis", 0.78), ("coloraxis2", 0.22)):
             figure.update_layout({axis: dict(colorbar=dict(len=0.48, y=y))})
     return figure.update_layout(height=130 + len(panels) * max(150, 28 * len(report.counts.labels) + 40))

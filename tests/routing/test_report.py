@@ -195,3 +195,23 @@ def test_bad_input_is_refused(tiny):
     with pytest.raises(ValueError, match="sample is 0: give 1 or more"):
         report(tiny, rows(2), sample=0)
     assert report(tiny, rows(5), ["a"] * 5, max_texts=3, causal=False, **QUIET).n_texts == 3
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [dict(n_layers=1, layer_kinds=("global",)), dict(experts_per_token=1), dict(n_experts=4), dict(n_ctx=8), {}],
+    ids=["one layer", "one expert a token", "no wrong experts left", "windows", "half precision"],
+)
+def test_every_shape_of_model_has_a_report(changes, tmp_path):
+    small = dict(n_layers=2, layer_kinds=("sliding", "global"))
+    model = tiny_model("26B-A4B", **(small | changes))
+    model = model if changes else model.to(torch.bfloat16)
+    texts = rows(4)
+    labels = [["even" if place % 2 else "odd" for place in range(len(text))] for text in texts]
+    made = report(model, texts, labels, **QUIET)
+    made.to_html(tmp_path / "page.html")
+    assert made.n_texts == 4 and made.counts.n_tokens == sum(map(len, texts))
+    assert (made.branch is None) == (changes == dict(n_experts=4))
+    assert (
+        made.domains.groupby("label")["n"].first().to_dict() == made.silenced.tokens["label"].value_counts().to_dict()
+    )
