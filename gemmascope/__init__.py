@@ -46,6 +46,7 @@ _CONTENTS = {
     "routing.steering": "localise risk_difference steering_hooks expert_npmi reweight_experts",
     "routing.trace": "RoutingTrace trace_routing",
     "routing.counts": "RoutingCounts count_routing",
+    "routing.report": "RoutingReport report",
 }
 _HOME = {name: f"gemmascope.{module}" for module, names in _CONTENTS.items() for name in names.split()}
 """Public name -> the module it lives in."""

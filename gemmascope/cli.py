@@ -1,4 +1,4 @@
-"""The command line: `gemmascope lab | models | explore | verify | doctor`.
+"""The command line: `gemmascope lab | models | explore | routing | verify | doctor`.
 
 Heavy libraries are imported inside the commands, so that `gemmascope --help` answers at once. What a user can get wrong
 (a path, a name, a device) ends as one sentence on stderr and exit code 2; set GEMMASCOPE_DEBUG=1 for the traceback.
@@ -12,7 +12,7 @@ import os
 import re
 import sys
 from collections.abc import Sequence
-from itertools import starmap
+from itertools import chain, starmap
 from pathlib import Path
 from urllib.parse import quote
 
@@ -66,6 +66,33 @@ def _parser() -> argparse.ArgumentParser:
     explore.add_argument("--model", default="nano-moe", help="shipped name, hub id or folder (default: %(default)s)")
     explore.set_defaults(command=_explore)
 
+    routing = commands.add_parser(
+        "routing",
+        help="write one self-contained page about what a model's experts do on texts, and whether it matters",
+        epilog="Without --label, the texts of each of several files are labelled with the file's name.",
+    )
+    routing.add_argument("model", metavar="MODEL", help="shipped name, hub id or folder")
+    routing.add_argument("texts", metavar="TEXTS", nargs="+", help=".txt (a text a line), .jsonl, .csv or .parquet")
+    routing.add_argument("-o", "--output", required=True, metavar="PAGE.html")
+    routing.add_argument("--column", default="text", help="where the texts are (default: %(default)s)")
+    routing.add_argument("--label", metavar="COLUMN", help="what a text is of, its domain say")
+    routing.add_argument(
+        "--hub", action="store_true", help="TEXTS are data sets on the Hugging Face hub, NAME or NAME:CONFIGURATION"
+    )
+    routing.add_argument("--split", default="train", help="of a data set on the hub (default: %(default)s)")
+    routing.add_argument("--max-texts", type=_positive, metavar="N", help="read no more than these")
+    routing.add_argument(
+        "--sample",
+        type=_positive,
+        metavar="N",
+        default=128,
+        help="texts effects are measured on (default: %(default)s)",
+    )
+    routing.add_argument("--no-causal", action="store_true", help="statistics only, which is faster and says less")
+    routing.add_argument("--dtype", choices=DTYPES, help="default: the checkpoint's own")
+    routing.add_argument("--device", type=_device, default="cpu", help="cpu, cuda, cuda:1, mps (default: %(default)s)")
+    routing.set_defaults(command=_routing)
+
     verify = commands.add_parser(
         "verify",
         help="compare a checkpoint with transformers, layer by layer",
@@ -86,6 +113,12 @@ def _device(name: str) -> str:
     if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", name):
         raise argparse.ArgumentTypeError(f"{name!r} is not a device; it is cpu, cuda, cuda:NUMBER or mps")
     return name
+
+
+def _positive(number: str) -> int:
+    if not re.fullmatch(r"0*[1-9]\d*", number):
+        raise argparse.ArgumentTypeError(f"{number!r} is not a number from 1 on")
+    return int(number)
 
 
 def _sentence(error: BaseException) -> str:
@@ -211,17 +244,45 @@ def _elements(file: Path) -> int:
     return sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
 
 
-# ---------------------------------------------------------------------------------------- explore, verify
+# ------------------------------------------------------------------------------- explore, routing, verify
 
 
 def _explore(args: argparse.Namespace) -> int:
     from gemmascope.explore import write_page
     from gemmascope.weights import load
 
-    output = Path(args.output)
-    if not output.parent.is_dir():  # said before the model loads, not after
-        raise FileNotFoundError(f"There is no folder {output.parent} to write {output.name} in.")
+    output = _output(args.output)
     write_page(load(args.model), args.prompt, output)
+    print(f"Wrote {output} ({_bytes(output.stat().st_size)}); open it in a browser.")
+    return 0
+
+
+def _output(name: str) -> Path:
+    """Said before the model loads, not after."""
+    output = Path(name)
+    if not output.parent.is_dir():
+        raise FileNotFoundError(f"There is no folder {output.parent} to write {output.name} in.")
+    return output
+
+
+def _routing(args: argparse.Namespace) -> int:
+    from gemmascope.routing.corpus import TextFiles, hub_texts
+    from gemmascope.routing.report import in_step, report
+    from gemmascope.weights import load
+
+    output = _output(args.output)
+    model = load(args.model, device=args.device, dtype=args.dtype)
+    files = TextFiles([] if args.hub else args.texts, args.column, args.label)
+    of_hub = chain.from_iterable(hub_texts(name, args.split, args.column, args.label) for name in args.texts)
+    rows = of_hub if args.hub else files
+    labelled = args.label is not None or len(args.texts) > 1
+    texts, labels = in_step(rows) if labelled else ((text for text, _ in rows), None)
+    limits = dict(max_texts=args.max_texts, sample=args.sample, causal=not args.no_causal)
+    made = report(model, texts, labels, **limits)
+    made.to_html(output)
+    print("\n".join(made.findings))
+    if files.trouble:
+        print(f"{len(files.trouble)} of {len(args.texts)} files could not be read, or not to the end.", file=sys.stderr)
     print(f"Wrote {output} ({_bytes(output.stat().st_size)}); open it in a browser.")
     return 0
 

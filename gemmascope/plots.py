@@ -52,7 +52,7 @@ def of_result(result, value: str | None = None) -> go.Figure:
         case [rows, columns]:
             figure = _heatmaps([("", table)], result, rows, columns, value, unit)
         case [facets, rows, columns]:
-            parts = [(_text(f"{facets} {name}"), part) for name, part in table.groupby(facets, sort=False)]
+            parts = [(escaped(f"{facets} {name}"), part) for name, part in table.groupby(facets, sort=False)]
             figure = _heatmaps(parts, result, rows, columns, value, unit)
         case varied:
             raise ValueError(
@@ -60,7 +60,7 @@ def of_result(result, value: str | None = None) -> go.Figure:
                 "plot a part, as in result.only(layer=3).plot()."
             )
     what = ", ".join(filter(None, (result.experiment, result.about.get("model"))))
-    return figure.update_layout(title=_text(what), template=LOOK)
+    return figure.update_layout(title=escaped(what), template=LOOK)
 
 
 def _varied(table: pandas.DataFrame, axes: list[str]) -> list[str]:
@@ -86,7 +86,7 @@ def _curve(table: pandas.DataFrame, result, axis: str, value: str) -> go.Figure:
     else:
         figure = go.Figure(go.Bar(x=names, y=table[value], error_y=error, marker_opacity=0.6))
     for name, baseline in result.baselines.items() if value == "value" else ():
-        figure.add_hline(float(baseline.mean()), line=dict(dash="dot", color=GREY), annotation_text=_text(name))
+        figure.add_hline(float(baseline.mean()), line=dict(dash="dot", color=GREY), annotation_text=escaped(name))
     return figure
 
 
@@ -114,7 +114,7 @@ def _heatmaps(
     middle = _of_nothing(result, value)
     table = pandas.concat([part for _, part in parts])[value]
     reach = float((table - middle).abs().max()) or 1.0
-    bar = dict(title=dict(text=_text(unit), side="right"), thickness=14)
+    bar = dict(title=dict(text=escaped(unit), side="right"), thickness=14)
     if middle == 0 and (table >= 0).all() and result.base is None:
         figure.update_layout(coloraxis=dict(colorscale=RISING, cmin=0, cmax=reach, colorbar=bar))
     else:
@@ -135,15 +135,15 @@ def _names(values, result, axis: str) -> list[str]:
     """What stands at an axis: the number, and the token where the axis is of positions and the tokens are known."""
     tokens = result.about.get("tokens")
     if axis not in ("pos", "query", "key") or tokens is None:
-        return [_label(value) for value in values]
-    return [f"{value} {_label(tokens[value])}" if 0 <= value < len(tokens) else str(value) for value in values]
+        return [label(value) for value in values]
+    return [f"{value} {label(tokens[value])}" if 0 <= value < len(tokens) else str(value) for value in values]
 
 
-def _label(value) -> str:
+def label(value) -> str:
     text = str(value)
-    return _text(text if len(text) <= MAX_LABEL else text[: MAX_LABEL - 1] + "…")
+    return escaped(text if len(text) <= MAX_LABEL else text[: MAX_LABEL - 1] + "…")
 
 
-def _text(value) -> str:
+def escaped(value) -> str:
     """plotly reads its texts as HTML."""
     return html.escape(str(value)).replace("\n", "\\n")

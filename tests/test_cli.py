@@ -17,7 +17,7 @@ import gemmascope.verify
 from gemmascope.cli import main
 from gemmascope.testing import ARCHITECTURES, tiny_config
 
-COMMANDS = ("lab", "models", "explore", "verify", "doctor")
+COMMANDS = ("lab", "models", "explore", "routing", "verify", "doctor")
 
 
 VISION = {
@@ -102,6 +102,11 @@ def test_version(capsys):
         (["verify", "no-such-model"], "No model 'no-such-model'"),
         (["explore", "Hello", "-o", "no/such/folder/page.html"], "There is no folder no/such/folder"),
         (["explore", "Hello", "-o", "page.html", "--model", "nano-mow"], "No model 'nano-mow'"),
+        (["routing", "nano-edge", "a.txt", "-o", "page.html"], "nano-edge is dense"),
+        (["routing", "nano-edge", "a.txt", "-o", "page.html"], "Models that route: nano-moe, google/gemma-4-26B-A4B"),
+        (["routing", "nano-moe", "a.txt", "-o", "no/page.html"], "There is no folder no"),
+        (["routing", "nano-moe", "none.txt", "-o", "page.html"], "none.txt: No such file"),
+        (["routing", "nano-moe", "none.txt", "-o", "page.html"], "the corpus is empty"),
         (["lab", "01_first_lok"], "There is no notebook '01_first_lok'; the nearest are 01_first_look"),
     ],
 )
@@ -115,7 +120,11 @@ def test_a_request_in_error_is_one_sentence_and_exit_2(argv, said, capsys, tmp_p
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("line", ["", "vrify", "verify x --dtype int8", "verify x --device gpu", "explore Hello"])
+@pytest.mark.parametrize(
+    "line",
+    ["", "vrify", "verify x --dtype int8", "verify x --device gpu", "explore Hello", "routing nano-moe a.txt"]
+    + ["routing nano-moe a.txt -o b.html --sample 0"],
+)
 def test_wrong_usage_exits_2(line):
     with pytest.raises(SystemExit, match="2"):
         main(line.split())
@@ -236,6 +245,35 @@ def test_explore_writes_one_page(tmp_path, capsys):
     text = page.read_text(encoding="utf-8")
     assert "<html" in text
     assert "<b>bold</b>" not in text
+
+
+# routing
+
+
+def test_routing_writes_one_page(tmp_path, capsys):
+    (tmp_path / "gifts.txt").write_text("When Mary and John went to the store, John gave a book to Mary.\n" * 3)
+    (tmp_path / "facts.txt").write_text("The capital of Norland is\n\n")
+    (tmp_path / "bad.csv").write_text("body\nnothing\n")
+    page = tmp_path / "page.html"
+    texts = [str(tmp_path / name) for name in ("gifts.txt", "bad.csv", "facts.txt")]
+    assert main(["routing", "nano-moe", *texts, "-o", str(page), "--sample", "2"]) == 0
+    out, err = capsys.readouterr()
+    assert "of 4 texts" in out and "Of the 2 labels" in out and "On 2 texts drawn at random" in out
+    assert f"Wrote {page}" in out
+    assert "bad.csv: There is no column 'text'; there are body." in err
+    assert "1 of 3 files could not be read" in err
+    assert "<html" in page.read_text(encoding="utf-8")
+
+
+def test_routing_asks_the_hub_only_when_told(tmp_path, monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr("datasets.load_dataset", lambda name, *args, **kwargs: asked.append(name) or [{"text": "code"}])
+    page = ["-o", str(tmp_path / "page.html"), "--no-causal"]
+    assert main(["routing", "nano-moe", "some/set", *page]) == 2
+    assert not asked
+    assert main(["routing", "nano-moe", "some/set", "--hub", *page]) == 0
+    assert asked == ["some/set"]
+    assert "No effect was measured" in capsys.readouterr().out
 
 
 # verify

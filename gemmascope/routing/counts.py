@@ -353,7 +353,7 @@ def count_routing(
     if labels is not None and None not in sizes and sizes[0] != sizes[1]:
         raise ValueError(f"There are {sizes[1]} labels for {sizes[0]} texts: give one for each.")
     done, batch = 0, []
-    for piece in _windows(model, tqdm(texts, "routing", delay=1, leave=False, disable=not progress), labels, window):
+    for piece in windows(model, tqdm(texts, "routing", delay=1, leave=False, disable=not progress), labels, window):
         batch.append(piece)
         if len(batch) == batch_size:
             counts.add(_traced(model, batch, said, leave_out))
@@ -365,7 +365,7 @@ def count_routing(
     return counts
 
 
-def _windows(model, texts, labels, window: int) -> Iterator[tuple[Tensor, Label]]:
+def windows(model, texts, labels, window: int) -> Iterator[tuple[Tensor, Label]]:
     """Token ids with what they are of, cut to size."""
     whose = None if labels is None else iter(labels)
     for number, text in enumerate(texts):
