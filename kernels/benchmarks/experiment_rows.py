@@ -1,5 +1,7 @@
-"""What experiments cost, beside TransformerLens's on the same model."""
+"""What experiments and router analysis cost, beside TransformerLens's on the same model, or a plain forward."""
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from functools import partial
 
@@ -53,6 +55,46 @@ def attributed(n: int) -> Variants:
     return {"gemmascope": lambda: gs.attribution_patching(*given, by=("head", "expert")), "patching each": exactly}
 
 
+def counted(n_windows: int) -> Variants:
+    """Routing counted over windows of the shipped corpus; beside it, the model run on them."""
+    import gemmascope as gs
+    from gemmascope.zoo.corpus import Corpus
+
+    model = gs.load("nano-moe")
+    corpus = Corpus(model.tokenizer.backend, 1_000_003)
+    batches = [corpus.batch(step, 32, model.cfg.n_ctx).tokens for step in range(n_windows // 32)]
+
+    def forward() -> None:
+        with torch.no_grad():
+            for tokens in batches:
+                model(tokens)
+
+    windows = [window for tokens in batches for window in tokens]
+    return {"gemmascope": partial(gs.count_routing, model, windows, progress=False), "forward alone": forward}
+
+
+STREAM = r"""
+import pathlib, re, sys, gemmascope as gs
+from gemmascope.zoo.corpus import Corpus
+model = gs.load("nano-moe")
+corpus = Corpus(model.tokenizer.backend, 1_000_003)
+n = int(sys.argv[1]) // model.cfg.n_ctx
+windows = (window for step in range(-(-n // 32)) for window in corpus.batch(step, 32, model.cfg.n_ctx).tokens)
+counts = gs.count_routing(model, windows, progress=False)
+print(int(re.search(r"VmHWM:\s+(\d+)", pathlib.Path("/proc/self/status").read_text())[1]) * 1.024e-3)
+"""
+
+
+def counted_memory() -> Variants:
+    """Peak memory, in MB, of a Python that counts a million tokens; and of one that counts ten thousand."""
+
+    def peak(n: int) -> float:
+        done = subprocess.run([sys.executable, "-c", STREAM, str(n)], capture_output=True, text=True, check=True)
+        return float(done.stdout.split()[-1])
+
+    return {"gemmascope": partial(peak, 1_000_000), "ten thousand tokens": partial(peak, 10_000)}
+
+
 def experiment_rows() -> Iterator[Row]:
     shape = "64 tokens of nano-moe"
     for name, site, by, theirs in (
@@ -62,3 +104,7 @@ def experiment_rows() -> Iterator[Row]:
         wanted = "5x TransformerLens, under 2000 ms"
         yield Row(name, wanted, partial(swept, 64, site, by, theirs), shape, "float32", mode="+".join(by))
     yield Row("attribution", "under 500 ms", partial(attributed, 64), shape, "float32", mode="heads and experts")
+    shape = "8192 tokens of nano-moe's corpus"
+    yield Row("routing_count", "at most 1.1 times a forward", partial(counted, 32), shape, "float32", mode="count")
+    wanted = "within 50 MB of ten thousand's"
+    yield Row("routing_memory", wanted, counted_memory, "1 M tokens of nano-moe's corpus", "float32", "peak", unit="MB")
