@@ -321,6 +321,8 @@ class HookedModel(HookedRootModule):
         short, layer = key[0], key[1] if len(key) > 1 else None
         if layer is None:
             return self.full_name(short)
+        if not -self.cfg.n_layers <= layer < self.cfg.n_layers:
+            raise KeyError(f"{short} of layer {layer}: this model has layers 0 to {self.cfg.n_layers - 1}.")
         layer = range(self.cfg.n_layers)[layer]
         ours = (f"blocks.{layer}.{short}", f"blocks.{layer}.hook_{short}")
         return next((name for name in ours if name in self.sites), None) or get_act_name(short, layer, *key[2:])

@@ -97,7 +97,7 @@ class Intervention:
         if self.action == "patch":
             value = self._source(x, site, offset, growing)
             before = [offset if axis in _ALONG else 0 for axis in site.axes.split()]
-            x[index] = value[tuple(map(_there, index, before, value.shape))]
+            x[index] = value[tuple(map(_there, index, before, value.shape, x.shape))]
         elif self.action == "force":
             self._force(x, index)
         else:
@@ -179,10 +179,11 @@ _ALONG = ("pos", "query")
 """The axes along which a KV cache grows."""
 
 
-def _there(index: Tensor | slice, before: int, size: int) -> Tensor | slice:
-    """Where in the run to patch from an index of this one is: an axis of size 1 stands for every index."""
+def _there(index: Tensor | slice, before: int, size: int, n: int) -> Tensor | slice:
+    """Where in the run to patch from, with `size` entries, an index into the n at hand is. An axis of size 1 stands for
+    every index."""
     if isinstance(index, slice):
-        return slice(before, None) if size > 1 else index
+        return slice(before, before + n) if size > 1 else index
     return index + before if size > 1 else torch.zeros_like(index)
 
 

@@ -251,3 +251,21 @@ def test_positions_count_from_the_start_in_every_way_of_running(moe):
     with torch.no_grad(), moe.with_interventions(edit):
         parts = [moe.run_with_hooks(part, past_kv_cache=past) for part in TOKENS.split([6, 1, 6], dim=1)]
     torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=0, atol=2e-5)
+
+
+def test_a_longer_run_is_patched_from_while_generating(moe):
+    """Its later positions wait until they are there."""
+    longer = torch.cat((TOKENS, TOKENS[:, 1:8]), dim=1)
+    _, cache = moe.run_with_cache(longer)
+    edit = gs.patch(("resid_post", 2), cache)
+    past, outs = KVCache(moe.cfg), []
+    with torch.no_grad():
+        for part in longer.split([6, 1, 13], dim=1):
+            outs.append(moe(part, past_kv_cache=past, interventions=edit))
+        whole = moe(longer, interventions=edit)
+    torch.testing.assert_close(torch.cat(outs, dim=1), whole, rtol=0, atol=2e-5)
+
+
+def test_a_layer_that_is_not_there_is_said(moe):
+    with pytest.raises(KeyError, match="z of layer 6: this model has layers 0 to 5"):
+        moe(TOKENS, interventions=gs.zero(("z", 6)))

@@ -1,11 +1,14 @@
 """Patching sweeps: every cell against a whole run with a hook written by hand."""
 
+import weakref
+
 import pandas
 import pytest
 import torch
 from transformer_lens import patching
 
 import gemmascope as gs
+from gemmascope.experiments import patching as patching_module
 from gemmascope.experiments import sweep
 from gemmascope.testing import tiny_model
 
@@ -190,6 +193,11 @@ def test_padded_texts_are_prompts_too():
         (dict(by=("layer", "head")), "blocks.0.hook_resid_pre has no head; a sweep there goes by layer, pos"),
         (dict(by=("layer", "token")), "by names 'token'; axes are layer, pos"),
         (dict(by=("pos",)), 'by needs "layer"'),
+        (
+            dict(cells=pandas.DataFrame({"layer": [1], "position": [2]})),
+            "cells has a column 'position'; columns are site",
+        ),
+        (dict(cells=pandas.DataFrame({"pos": [2]})), "cells has no column 'layer'"),
         (dict(direction="sideways"), "direction is 'sideways'"),
         (dict(layers=[6]), "Layer 6 does not exist"),
         (dict(site="z", cells=pandas.DataFrame({"layer": [1], "head": [4]})), "heads 4 does not exist; there are 4"),
@@ -214,3 +222,34 @@ def test_memory_does_not_grow_with_the_cells(moe, monkeypatch):
     monkeypatch.setattr(moe, "forward", lambda run, **kw: (seen.append(len(run.tokens)), forward(run, **kw))[1])
     gs.activation_patching(moe, CLEAN, CORRUPTED, gs.logit(moe, 5), "mlp.hook_post", ("layer", "neuron"), rows=12)
     assert len(seen) == 2 + 6 * 10 and max(seen) == 12
+
+
+def test_a_hook_that_counts_positions_sees_all_of_them(moe):
+    """Without one, a cell is run from its own position on."""
+    metric, name = gs.logit(moe, 5), "blocks.4.hook_resid_pre"
+
+    def push(x, hook):
+        x[:, 2] += 1.0
+
+    with moe.hooks(fwd_hooks=[(name, push)]):
+        result = gs.activation_patching(moe, CLEAN, CORRUPTED, metric, layers=[1], positions=[6])
+        _, cache = moe.run_with_cache(CLEAN, names_filter="blocks.1.hook_resid_pre")
+        patched = gs.patch(("resid_pre", 1), cache, positions=6)
+        expected = metric(moe(CORRUPTED, interventions=patched)).detach()
+    torch.testing.assert_close(result.values[0], expected, rtol=0, atol=2e-5)
+    bare = gs.activation_patching(moe, CLEAN, CORRUPTED, metric, layers=[1], positions=[6])
+    assert (bare.values[0] - expected).abs().max() > 1e-3
+
+
+def test_what_experts_add_is_held_while_their_cells_run(moe, monkeypatch):
+    made, told = [], patching_module._said_by
+    monkeypatch.setattr(patching_module, "_said_by", lambda *args: (made.append(weakref.ref(x := told(*args))), x)[1])
+    run, alive = sweep.Baseline.values, []
+
+    def counting(self, *args):
+        alive.append(sum(ref() is not None for ref in made))
+        return run(self, *args)
+
+    monkeypatch.setattr(sweep.Baseline, "values", counting)
+    gs.activation_patching(moe, CLEAN, CORRUPTED, gs.logit(moe, 5), "moe.hook_expert_out", ("layer", "expert"), rows=6)
+    assert len(alive) == 6 * 4 and max(alive) <= 2  # one cell's, while it is made

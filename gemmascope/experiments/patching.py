@@ -6,6 +6,7 @@ the reverse and asks what breaks it (Heimersheim & Nanda 2024, https://arxiv.org
 
 import difflib
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import product
 
 import pandas
@@ -27,6 +28,7 @@ AXES = {
     "neuron": ("d_mlp", "d_expert", "d_ple"),
 }
 """What a cell may name besides its site and layer, and the axes of a site that it means."""
+_AXES_SAID = ", ".join(AXES)
 _PART = {"pos": "positions", "head": "heads", "slot": "slots", "expert": "experts", "neuron": "neurons"}
 
 
@@ -80,6 +82,7 @@ def activation_patching(
     source, base = ("clean", "corrupted") if direction == "denoising" else ("corrupted", "clean")
     place = {pair[base == "corrupted"]: pair[source == "corrupted"] for pair in pairs}
     cells = _cells(model, sites, by, layers, list(place)) if cells is None else cells.reset_index(drop=True)
+    _check_cells(cells, sites)
     named = cells.to_dict("records")
     names = _names(model, sites, named)
     runs = {name: Baseline(model, run, metric, names) for name, run in begun.items()}
@@ -193,11 +196,28 @@ def _indices(name: str) -> str:
     return name.removesuffix("hook_expert_out") + "router.hook_indices"
 
 
+def _check_cells(cells: pandas.DataFrame, sites: list[str]) -> None:
+    needed = ["layer"] if len(sites) == 1 else ["site", "layer"]
+    missing = next((axis for axis in needed if axis not in cells), None)
+    if missing is not None:
+        raise ValueError(
+            f"cells has no column {missing!r}: it needs {' and '.join(needed)}, and may name {_AXES_SAID}."
+        )
+    unknown = next((axis for axis in cells if axis not in ("site", "layer", *AXES)), None)
+    if unknown is not None:
+        raise ValueError(f"cells has a column {unknown!r}; columns are site, layer, {_AXES_SAID}.")
+
+
 def _interventions(
     model, source: dict[str, Tensor], base: dict[str, Tensor], sites: list[str], rows: list[dict], place: dict[int, int]
-) -> list[Intervention]:
-    """What each cell patches."""
+) -> list[Callable[[], Intervention]]:
+    """What each cell patches, made when it runs: all experts' contributions at once would fill the memory."""
     moved = any(there != here for here, there in place.items())
+
+    def at(pos: int) -> int:
+        if pos not in place:
+            raise ValueError(f"Position {pos} has no partner in the other run; positions pairs {sorted(place)}.")
+        return place[pos]
 
     def made(row: dict) -> Intervention:
         name = model.full_name((row.get("site", sites[0]), row["layer"]))
@@ -206,13 +226,14 @@ def _interventions(
             expert = where.pop("experts")
             new, old = (_said_by(expert, run[name], run[_indices(name)]) for run in (source, base))
             if "positions" in where:
-                new, old = new[:, [place[where["positions"]]]], old[:, [where["positions"]]]
+                here = where["positions"]
+                new, old = new[:, [at(here)]], old[:, [here]]
             return interventions.add(name.removesuffix("hook_expert_out") + "hook_out", new - old, **where)
         # Along an axis with one entry, that entry stands for any position.
-        value = source[name][:, [place[where["positions"]]]] if moved else source[name]
+        value = source[name][:, [at(where["positions"])]] if moved else source[name]
         return interventions.patch(name, value, **where)
 
-    return [made(row) for row in rows]
+    return [partial(made, row) for row in rows]
 
 
 def _said_by(

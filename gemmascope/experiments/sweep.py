@@ -55,8 +55,11 @@ class Baseline:
         self.run.record = streams = _Streams()
         self.stored = self._read(also)
         self.streams, self.run.record = streams.kept, None
-        # Positions of an image see later ones, and in the K = V form keys are kept in another shape.
-        self._causal = not model.shared_kv and all(mask.image_blocks is None for mask in self.run.masks.values())
+        # Positions of an image see later ones, in the K = V form keys are kept in another shape, and a hook that somebody
+        # else put there may count positions from the first that it is given.
+        images = any(mask.image_blocks is not None for mask in self.run.masks.values())
+        hooked = any(part._forward_hooks or part._forward_pre_hooks for part in model.modules())
+        self._from_any_position = not (images or model.shared_kv or hooked)
 
     def _read(self, names: Sequence[str]) -> dict[str, Tensor]:
         stored, hooks, _ = self.model.get_caching_hooks(list(names))
@@ -86,7 +89,7 @@ class Baseline:
             layer = min(layer, _layer(name, n_layers))
             part = one.where.get("queries" if one.action == "cut" else "positions")
             pos = min([pos, *entries(part, n_pos, "positions", name)])
-        return layer, pos if self._causal else 0
+        return layer, pos if self._from_any_position else 0
 
     def logits(
         self, cells: list[list[Intervention]], layer: int, pos: int = 0
@@ -151,23 +154,27 @@ def run_cells(
     """The metric under the interventions of each cell. An interrupt (Ctrl-C) leaves NaN in the cells not reached.
 
     Args:
-        cells: interventions, nested as one likes, for each cell.
+        cells: interventions, nested as one likes, for each cell; or a function that makes them, whose tensors are then
+            held only while its cell runs.
         rows: rows of a forward pass; prompts of one cell stay together.
         done: figures of an earlier, interrupted call: only its NaN cells are run.
     """
-    given = [flat(cell) for cell in cells]
-    values = torch.full((len(given), base.n_prompts), float("nan")) if done is None else done.clone()
+
+    def given(number: int) -> list[Intervention]:
+        return flat(cells[number]() if callable(cells[number]) else cells[number])
+
+    values = torch.full((len(cells), base.n_prompts), float("nan")) if done is None else done.clone()
     # Cells that start at the same layer and near the same position share a pass.
-    waiting = sorted((*base.first(given[i]), i) for i in values.isnan().any(-1).nonzero()[:, 0].tolist())
+    waiting = sorted((*base.first(given(i)), i) for i in values.isnan().any(-1).nonzero()[:, 0].tolist())
     size = max(1, rows // base.n_prompts)
-    with tqdm(total=len(given), initial=len(given) - len(waiting), unit="cell", delay=1, disable=not progress) as bar:
+    with tqdm(total=len(cells), initial=len(cells) - len(waiting), unit="cell", delay=1, disable=not progress) as bar:
         with interruptible(
-            lambda: f"{len(waiting)} of {len(given)} cells to go; pass this result as resume= to go on."
+            lambda: f"{len(waiting)} of {len(cells)} cells to go; pass this result as resume= to go on."
         ):
             while waiting:
                 layer, pos, _ = waiting[0]
                 chunk = [number for first, _, number in waiting[:size] if first == layer]
-                values[chunk] = base.values([given[number] for number in chunk], layer, pos)
+                values[chunk] = base.values([given(number) for number in chunk], layer, pos)
                 waiting = waiting[len(chunk) :]
                 bar.update(len(chunk))
     return values
