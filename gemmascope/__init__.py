@@ -47,6 +47,18 @@ _CONTENTS = {
     "routing.trace": "RoutingTrace trace_routing",
     "routing.counts": "RoutingCounts count_routing",
     "routing.report": "RoutingReport report",
+    "widgets.base": "Selection",
+    "views.tokens": "token_strip",
+    "views.attention": "attention_view",
+    "views.lens": "lens_view",
+    "views.router": "router_view",
+    "views.patching": "patch_grid",
+    "views.ablation": "ablation_bench",
+    "views.attribution": "attribution_view",
+    "views.probing": "probe_view",
+    "views.units": "unit_view",
+    "views.model_map": "model_map",
+    "views.dashboard": "dashboard",
 }
 _HOME = {name: f"gemmascope.{module}" for module, names in _CONTENTS.items() for name in names.split()}
 """Public name -> the module it lives in."""

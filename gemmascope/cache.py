@@ -37,9 +37,10 @@ class ActivationCache(Decomposable):
         pos_slice: Any = None,
         changed: frozenset[str] = frozenset(),
         padding: Tensor | None = None,
+        tokens: Int[Tensor, "batch pos"] | None = None,
     ):
         """What run_with_cache gives: also the masks by kind of layer, the positions that were kept, the expansions that
-        hooks may have changed, and the attention mask [batch, key], None without padding.
+        hooks may have changed, the attention mask [batch, key], None without padding, and the token ids that were read.
         """
         cache_dict = cache_dict if isinstance(cache_dict, Activations) else Activations(cache_dict)
         super().__init__(cache_dict, model, has_batch_dim)
@@ -48,6 +49,8 @@ class ActivationCache(Decomposable):
         self._positions = Slice.unwrap(pos_slice)
         self._changed = changed
         self._padding = padding
+        self.tokens = tokens
+        """The token ids that were read; None where they are not known."""
         self._lse: dict[int, Tensor] = {}
         self._weights = fingerprint(self._weights_used())
 
@@ -321,4 +324,5 @@ class ActivationCache(Decomposable):
         }
         new = ActivationCache(sliced, self.model, prompts.mode != "int", masks, None, self._changed)
         new._positions, new._padding, new._weights = self._positions, cut(self._padding), self._weights
+        new.tokens = cut(self.tokens)
         return new

@@ -63,17 +63,17 @@ def _weights_of(modules: dict[str, nn.Module]) -> list[tuple[str, Tensor]]:
     return weights
 
 
-def _bare(module: nn.Module) -> nn.Module:
+def bare(module: nn.Module) -> nn.Module:
     """The same module on the same weights, without any hook."""
     if type(module) is Site:
-        bare = Site()
-        bare.name = module.name
-        return bare
-    bare = copy.copy(module)
+        site = Site()
+        site.name = module.name
+        return site
+    copied = copy.copy(module)
     for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
-        setattr(bare, hooks, OrderedDict())
-    bare._modules = {name: None if child is None else _bare(child) for name, child in module._modules.items()}
-    return bare
+        setattr(copied, hooks, OrderedDict())
+    copied._modules = {name: None if child is None else bare(child) for name, child in module._modules.items()}
+    return copied
 
 
 class Rerun:
@@ -202,14 +202,14 @@ class Rerun:
         seen: dict[str, Tensor] = {}
         last = stage == len(model.blocks)
         x = self.streams[stage].to(device)
-        bare = copy.copy(model) if last else _bare(model.blocks[stage])
+        again = copy.copy(model) if last else bare(model.blocks[stage])
         if last:
-            bare._modules = {name: _bare(model._modules[name]) for name in _HEAD}
-        for point in bare.modules():
+            again._modules = {name: bare(model._modules[name]) for name in _HEAD}
+        for point in again.modules():
             if isinstance(point, Site) and point.name in self.sites[stage]:
                 point.add_hook(Reader(seen.__setitem__))
         if last:
-            bare._logits(x)
+            again._logits(x)
         else:
             # Its own dictionaries: a block leaves keys there for later ones, and a mask its S x S form if asked for it.
             run = replace(
@@ -218,7 +218,7 @@ class Rerun:
                 ple=None if run.ple is None else run.ple.to(device),
                 masks={kind: replace(mask) for kind, mask in run.masks.items()},
             )
-            self._refuse_if_other(bare.with_sites(x, run), stage, wanted)
+            self._refuse_if_other(again.with_sites(x, run), stage, wanted)
         found = dict(seen)
         seen.clear()  # a point and its hook hold each other, and would hold the tensors until the next collection
         return found

@@ -78,7 +78,8 @@ class LensModel(HookedModel):
             views = [lambda name, tensor: tensor[0]] if remove_batch_dim else []
             views += [lambda name, tensor: tensor.to(device)] if device is not None else []
             stored = Activations(stored, run.record, tuple(views))
-        return out, ActivationCache(stored, self, not remove_batch_dim, run.masks, pos_slice, changed, run.mask)
+        cached = (stored, self, not remove_batch_dim, run.masks, pos_slice, changed, run.mask, run.tokens)
+        return out, ActivationCache(*cached)
 
     @contextmanager
     def with_interventions(self, interventions):

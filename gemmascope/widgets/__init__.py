@@ -1,1 +1,1 @@
-"""Views: arrays and strings in, HTML or traits out. A leaf: nothing here imports model code."""
+"""Views in a notebook or on a page: arrays and strings in, what is selected out. No view knows the model."""
