@@ -55,8 +55,8 @@ class Baseline:
         self.run.record = streams = _Streams()
         self.stored = self._read(also)
         self.streams, self.run.record = streams.kept, None
-        # Positions of an image see later ones, in the K = V form keys are kept in another shape, and a hook that somebody
-        # else put there may count positions from the first that it is given.
+        # Positions of an image see later ones, in the K = V form keys are kept in another shape, and a hook of somebody
+        # else may count positions from the first that it is given.
         images = any(mask.image_blocks is not None for mask in self.run.masks.values())
         hooked = any(part._forward_hooks or part._forward_pre_hooks for part in model.modules())
         self._from_any_position = not (images or model.shared_kv or hooked)

@@ -1,7 +1,7 @@
 """The scripts and styles of the views. A page takes one text, so modules are joined, without a bundler.
 
-A module imports by `import { a, b } from "./other.js";` and exports declarations. Joining puts what is imported first and
-drops both words, so top-level names are unique over all modules, which is checked.
+A module imports by `import { a, b } from "./other.js";` and exports declarations. Joining puts what is imported first
+and drops both words, so top-level names are unique over all modules, which is checked.
 """
 
 import re

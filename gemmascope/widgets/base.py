@@ -1,8 +1,8 @@
 """What every view stands on: the shared selection, the small synced state, questions and answers, a still for readers
 without a kernel.
 
-A view holds three kinds of data. `data` is what it shows at once, a few kilobytes. `state` is what the user chose in it,
-small and plain, so that it survives a re-run and an export. Everything large is an answer: the page asks a question
+A view holds three kinds of data. `data` is what it shows at once, a few kilobytes. `state` is what the user chose in
+it, small and plain, so that it survives a re-run and an export. Everything large is an answer: the page asks a question
 when somebody looks, a function of `answers` says what is there, and `to_html` asks those of `exported` beforehand.
 """
 
@@ -21,7 +21,7 @@ from gemmascope.widgets import assets
 from gemmascope.widgets.arrays import apart, packed
 
 Answers = Mapping[str, Callable[..., Mapping[str, Any]]]
-"""Question -> the function that answers it: arguments by name (numbers, strings, lists), a mapping back, arrays in it."""
+"""Question -> the function that answers it: arguments by name (numbers, strings, lists); a mapping, with arrays."""
 Question = tuple[str, dict[str, Any]]
 """A question with its arguments."""
 MAX_ROWS = 12
@@ -33,9 +33,10 @@ class Selection(anywidget.AnyWidget):
     it all the same.
 
         selection = gs.Selection()
-        lens, heads = gs.lens_view(model, prompt, selection=selection), gs.attention_view(model, prompt, selection=selection)
+        lens = gs.lens_view(model, prompt, selection=selection)
+        heads = gs.attention_view(model, prompt, selection=selection)
         selection.pos = 4        # both go there
-    """  # noqa: E501
+    """
 
     _esm = "export default {};"
     pos = traitlets.Int(None, allow_none=True, help="position: of the query, where there are keys").tag(sync=True)

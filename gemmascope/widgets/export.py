@@ -1,8 +1,8 @@
 """Views as one HTML file that needs neither kernel nor network.
 
 The page carries one script (the views it shows, and `host.js`, which is to them what Jupyter's widget manager is in a
-notebook), one style and its numbers. Its Content-Security-Policy lets only these two texts, named by their hashes, run or
-style. Every string travels as JSON and reaches the document as text, never as markup.
+notebook), one style and its numbers. Its Content-Security-Policy lets only these two texts, named by their hashes, run
+or style. Every string travels as JSON and reaches the document as text, never as markup.
 """
 
 import base64

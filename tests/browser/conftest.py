@@ -40,8 +40,8 @@ def browser() -> Iterator:
 
 @pytest.fixture
 def open_file(browser, tmp_path: Path) -> Iterator[Callable]:
-    """open_file(html, width=, height=, scheme=): a page from a file, alone. At the end: it asked nothing of the network,
-    and nothing went wrong."""
+    """open_file(html, width=, height=, scheme=): a page from a file, alone. At the end: it asked nothing of the
+    network, and nothing went wrong."""
     contexts, troubles = [], []
 
     def open_(
