@@ -248,11 +248,13 @@ def _elements(file: Path) -> int:
 
 
 def _explore(args: argparse.Namespace) -> int:
-    from gemmascope.explore import write_page
+    from gemmascope.views.dashboard import dashboard, views_of
     from gemmascope.weights import load
 
     output = _output(args.output)
-    write_page(load(args.model), args.prompt, output)
+    model = load(args.model)
+    views = [name for name in views_of(model) if name != "ablation_bench"]  # which is nothing without a kernel
+    dashboard(model, args.prompt, views=views).to_html(output)
     print(f"Wrote {output} ({_bytes(output.stat().st_size)}); open it in a browser.")
     return 0
 

@@ -1,7 +1,7 @@
 // The frame around every view: its data, state and selection, questions to the kernel, theme, keyboard help, notices, and
 // what can be taken along (Python, CSV, a picture, a table).
 //
-// A view is `export const tokenStrip = view({ name, note, keys, build })`. `build(v)` fills `v.body` once, and returns
+// A view is `export const nounView = view({ name, note, keys, build })`. `build(v)` fills `v.body` once, and returns
 //     paint()     draws everything: called at first, when the theme or the width changes, when the state changes
 //     update()    draws what depends on the selection
 //     sentence()  what is selected, for the readout and for screen readers
