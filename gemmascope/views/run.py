@@ -25,7 +25,7 @@ from gemmascope.rerun import bare
 class Run:
     """A prompt, run once. What views are made from, in place of model and prompt, when several show the same."""
 
-    def __init__(self, model, prompt: "str | Int[Tensor, '*one pos'] | list[int] | ActivationCache"):
+    def __init__(self, model, prompt):
         """
         Args:
             prompt: text, token ids of one prompt, or the cache of a run of one prompt by this model.

@@ -17,7 +17,7 @@ MISSING = 255
 _NARROW = {"f": np.float32, "i": np.int32, "u": np.int32, "b": np.uint8}
 
 
-def quantised(x: Shaped[np.ndarray, "..."], low: float, high: float) -> UInt8[np.ndarray, "..."]:
+def quantised(x: Shaped[np.ndarray, "..."], low: int | float, high: int | float) -> UInt8[np.ndarray, "..."]:
     """Codes of numbers from low to high, a quarter of float32's bytes and exact to half of (high - low) / 254. What is
     beyond is cut; NaN and infinities are MISSING. A reader turns a code back into low + code / 254 * (high - low).
 
