@@ -8,7 +8,8 @@ included, so that the shares add up.
 """
 
 import difflib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import pandas
 import torch
@@ -26,11 +27,28 @@ Direction = Float[Tensor, "prompt d_model"]
 Part = tuple[pandas.DataFrame, Float[Tensor, "prompt cell"]]
 
 
+class Shares(NamedTuple):
+    """A logit, or a difference of two, taken apart."""
+
+    cells: pandas.DataFrame
+    """A row for each part."""
+    values: Float[Tensor, "prompt cell"]
+    total: Float[Tensor, " prompt"]
+    """What `values` are shares of, before the soft cap."""
+
+
 class _Reading:
     """The activations at one position, and the direction at each place that writes to the stream."""
 
-    def __init__(self, cache: ActivationCache, pos: int, tokens: tuple[Answer, Answer | None]):
+    def __init__(
+        self,
+        cache: ActivationCache,
+        pos: int,
+        tokens: tuple[Answer, Answer | None],
+        layers: Sequence[int] | None = None,
+    ):
         self.whole, self.pos, self.model = cache, pos, cache.model
+        self.layers = range(self.model.cfg.n_layers) if layers is None else layers
         self.at = cache._at(Slice(pos))
         self.n_prompts = len(self.get("ln_final.hook_scale"))
         right, wrong = (None if one is None else answers(self.model, one, self.n_prompts) for one in tokens)
@@ -82,14 +100,14 @@ def _components(reading: _Reading) -> Iterator[Part]:
     embed = (reading.get("hook_embed") * reading.stream(0)).sum(-1)
     yield pandas.DataFrame({"layer": [-1], "component": ["embed"]}), embed[:, None]
     kinds = ("attn", "mlp", "ple") if reading.model.cfg.d_ple else ("attn", "mlp")
-    for layer in range(reading.model.cfg.n_layers):
+    for layer in reading.layers:
         wrote = torch.stack([reading.get(f"blocks.{layer}.hook_{kind}_out") for kind in kinds], dim=1)
         cells = pandas.DataFrame({"layer": layer, "component": kinds})
         yield cells, torch.einsum("bcd,bd->bc", wrote, reading.stream(layer))
 
 
 def _heads(reading: _Reading) -> Iterator[Part]:
-    for layer in range(reading.model.cfg.n_layers):
+    for layer in reading.layers:
         wrote = reading.get(f"blocks.{layer}.attn.hook_result")
         cells = pandas.DataFrame({"layer": layer, "head": range(wrote.shape[1])})
         yield cells, torch.einsum("bhd,bd->bh", wrote, reading.attention(layer))
@@ -97,7 +115,7 @@ def _heads(reading: _Reading) -> Iterator[Part]:
 
 def _experts(reading: _Reading) -> Iterator[Part]:
     n_experts = reading.model.cfg.n_experts
-    for layer in range(reading.model.cfg.n_layers):
+    for layer in reading.layers:
         dense = (reading.get(f"blocks.{layer}.hook_dense_out") * reading.feed_forward(layer)).sum(-1, keepdim=True)
         slots = torch.einsum("bkd,bd->bk", reading.get(f"blocks.{layer}.moe.hook_expert_out"), reading.experts(layer))
         chosen = reading.get(f"blocks.{layer}.moe.router.hook_indices")
@@ -107,7 +125,8 @@ def _experts(reading: _Reading) -> Iterator[Part]:
 
 
 def _neurons(reading: _Reading) -> Iterator[Part]:
-    for layer, block in enumerate(reading.model.blocks):
+    for layer in reading.layers:
+        block = reading.model.blocks[layer]
         post = reading.get(f"blocks.{layer}.mlp.hook_post")
         values = post * (reading.dense(layer) @ ops.wide(block.mlp.W_out).T)
         cells = {"layer": layer, "neuron": range(values.shape[1])}
@@ -139,7 +158,8 @@ def _expert_neurons(reading: _Reading, layer: int) -> Iterator[Part]:
 
 def _sources(reading: _Reading) -> Iterator[Part]:
     """z is the pattern's mix of values, so each key's share is its attention times its value read by the direction."""
-    for layer, block in enumerate(reading.model.blocks):
+    for layer in reading.layers:
+        block = reading.model.blocks[layer]
         source = block.geometry.kv_source
         values = reading.batched(reading.whole["attn.hook_v_normed", layer if source is None else source])
         pattern = reading.batched(reading.whole.pattern(layer, rows=[reading.pos]))[:, :, 0]
@@ -210,10 +230,9 @@ def direct_logit_attribution(
     if top is not None and top < 1:
         raise ValueError(f"top is {top}: it is a number of cells, 1 or more, or None.")
     cache, prompts, index = _run(model, prompt, by, pos)
-    reading = _Reading(cache, index, (correct, wrong))
-    cells, values = _collected(_PARTS[by](reading), 100 if by == "neuron" and top is None else top)
-    last = reading.get(f"blocks.{model.cfg.n_layers - 1}.hook_resid_post")
-    total = (last * reading.final).sum(-1)
+    cells, values, total = shares(
+        cache, correct, wrong, by=by, pos=index, top=100 if by == "neuron" and top is None else top
+    )
     unit = "logit" if wrong is None else "logit difference"
     said = about(model, by=by, pos=pos, correct=_plain(correct), wrong=_plain(wrong))
     if prompts is not None and len(prompts.tokens) == 1:
@@ -226,6 +245,45 @@ def direct_logit_attribution(
         baselines={"logit difference": total.cpu(), "everything else": (total - values.sum(1)).cpu()},
         about=said,
     )
+
+
+@torch.no_grad()
+def shares(
+    cache: ActivationCache,
+    correct: Answer,
+    wrong: Answer | None = None,
+    *,
+    by: str,
+    pos: int,
+    layers: Sequence[int] | None = None,
+    top: int | None = None,
+) -> Shares:
+    """The numbers of `direct_logit_attribution`, from a cache.
+
+    Args:
+        pos: index of the position in the cache, from 0.
+        layers: those whose parts are wanted; all by default. Of the others nothing is read.
+    """
+    reading = _Reading(cache, pos, (correct, wrong), layers)
+    cells, values = _collected(_PARTS[by](reading), top)
+    last = reading.get(f"blocks.{cache.model.cfg.n_layers - 1}.hook_resid_post")
+    return Shares(cells, values, (last * reading.final).sum(-1))
+
+
+def at_position(cache: ActivationCache, pos: int) -> ActivationCache:
+    """What all questions but "source" read of a cache at one position, which is position 0 of the new one: a few
+    kilobytes for each layer, taken in one pass over the blocks, whatever is asked of it later. What the cache lacks,
+    the new one lacks too."""
+    parts = dict.fromkeys(part for by, needed in _NEEDED.items() if by != "source" for part in needed)
+    expansions = ("attn.hook_result", "moe.hook_expert_out")  # at hand only where a hook may have changed them
+    n_layers = cache.model.cfg.n_layers
+    names = ["hook_embed", *(f"blocks.{layer}.{part}" for layer in range(n_layers) for part in (*parts, *expansions))]
+    names += [f"blocks.{n_layers - 1}.hook_resid_post", "ln_final.hook_scale"]
+    at = cache._at(Slice(pos))
+    held = {name: at.cache_dict[name].clone() for name in names if name in at.cache_dict}  # not views of the whole
+    new = ActivationCache(held, cache.model, cache.has_batch_dim, pos_slice=[0], changed=cache._changed)
+    new._weights = at._weights
+    return new
 
 
 def _run(model, prompt, by: str, pos: int) -> tuple[ActivationCache, Prompts | None, int]:
