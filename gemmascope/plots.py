@@ -45,7 +45,7 @@ def of_result(result, value: str | None = None) -> go.Figure:
     if value not in figures:
         raise ValueError(f"{value!r} is no figure of this {result.experiment}; it has {', '.join(figures)}.")
     unit = "share recovered" if value == "recovered" else result.unit
-    match _varied(table, result.axes):
+    match result.pictured:
         case [axis]:
             figure = _curve(table, result, axis, value)
             figure.update_layout(xaxis_title=axis, yaxis_title=unit)
@@ -54,22 +54,8 @@ def of_result(result, value: str | None = None) -> go.Figure:
         case [facets, rows, columns]:
             parts = [(escaped(f"{facets} {name}"), part) for name, part in table.groupby(facets, sort=False)]
             figure = _heatmaps(parts, result, rows, columns, value, unit)
-        case varied:
-            raise ValueError(
-                f"A picture has three axes at most and this {result.experiment} varies {', '.join(varied)}: "
-                "plot a part, as in result.only(layer=3).plot()."
-            )
     what = ", ".join(filter(None, (result.experiment, result.about.get("model"))))
     return figure.update_layout(title=escaped(what), template=LOOK)
-
-
-def _varied(table: pandas.DataFrame, axes: list[str]) -> list[str]:
-    """The axes that tell cells apart, without those that follow from the ones before."""
-    varied: list[str] = []
-    for axis in axes:
-        if len(table[[*varied, axis]].drop_duplicates()) > (len(table[varied].drop_duplicates()) if varied else 1):
-            varied.append(axis)
-    return varied or axes[:1]
 
 
 def _curve(table: pandas.DataFrame, result, axis: str, value: str) -> go.Figure:
@@ -111,7 +97,7 @@ def _heatmaps(
     figure.update_xaxes(type="category", title=columns, showgrid=False)
     figure.update_yaxes(type="category", showgrid=False, autorange="reversed")
     figure.update_yaxes(title=rows, col=1)
-    middle = _of_nothing(result, value)
+    middle = result.of_nothing(value)
     table = pandas.concat([part for _, part in parts])[value]
     reach = float((table - middle).abs().max()) or 1.0
     bar = dict(title=dict(text=escaped(unit), side="right"), thickness=14)
@@ -122,21 +108,13 @@ def _heatmaps(
     return figure.update_layout(height=max(300, 150 + 28 * parts[0][1][rows].nunique()))
 
 
-def _of_nothing(result, value: str) -> float:
-    """The figure of a cell that did nothing."""
-    if result.base is None:
-        return 0.0
-    if value == "recovered":
-        return 1.0 if result.base == "clean" else 0.0
-    return float(result.baselines[result.base].mean())
-
-
 def _names(values, result, axis: str) -> list[str]:
     """What stands at an axis: the number, and the token where the axis is of positions and the tokens are known."""
-    tokens = result.about.get("tokens")
-    if axis not in ("pos", "query", "key") or tokens is None:
-        return [label(value) for value in values]
-    return [f"{value} {label(tokens[value])}" if 0 <= value < len(tokens) else str(value) for value in values]
+    tokens = [result.token_at(axis, value) for value in values]
+    return [
+        label(value) if token is None else f"{value} {label(token)}"
+        for value, token in zip(values, tokens, strict=True)
+    ]
 
 
 def label(value) -> str:

@@ -128,6 +128,39 @@ class Result:
 
     # Pictures
 
+    @property
+    def pictured(self) -> list[str]:
+        """The axes of a picture, one to three: those that tell cells apart, without what follows from the ones before.
+
+        Raises:
+            ValueError: where more axes vary.
+        """
+        varied: list[str] = []
+        for axis in self.axes:
+            parts = len(self.cells[[*varied, axis]].drop_duplicates())
+            if parts > (len(self.cells[varied].drop_duplicates()) if varied else 1):
+                varied.append(axis)
+        if len(varied) > 3:
+            raise ValueError(
+                f"A picture has three axes at most and this {self.experiment} varies {', '.join(varied)}: "
+                "take a part, as result.only(layer=3) does."
+            )
+        return varied or self.axes[:1]
+
+    def of_nothing(self, value: str) -> float:
+        """What a cell that did nothing would have in a column of the table, "value" or "recovered"."""
+        if self.base is None:
+            return 0.0
+        if value == "recovered":
+            return 1.0 if self.base == "clean" else 0.0
+        return float(self.baselines[self.base].mean())
+
+    def token_at(self, axis: str, value) -> str | None:
+        """The token at an entry of an axis of positions, where it is known."""
+        tokens = self.about.get("tokens")
+        there = axis in ("pos", "query", "key") and tokens is not None and 0 <= value < len(tokens)
+        return tokens[value] if there else None
+
     def plot(self, value: str | None = None):
         """A plotly figure: for one axis a line along numbers or bars for names, a heatmap for two, a row of heatmaps
         for three. A heatmap's neutral colour is a cell that did nothing.
@@ -141,6 +174,16 @@ class Result:
         from gemmascope import plots
 
         return plots.of_result(self, value)
+
+    def view(self, *, selection=None):
+        """A view of the cells as a grid, for one axis to three; linked with other views through `selection`.
+
+        Raises:
+            ValueError: where more axes vary.
+        """
+        from gemmascope.views.patching import result_view
+
+        return result_view(self, selection=selection)
 
     # Files
 

@@ -104,7 +104,7 @@ def test_one_two_and_three_axes_have_pictures_and_four_do_not():
     cells = pandas.MultiIndex.from_product([range(2)] * 3, names=["layer", "head", "pos"]).to_frame(index=False)
     assert len(Result("three", cells, torch.randn(8, 1), "x").plot().data) == 2
     cells = pandas.MultiIndex.from_product([range(2)] * 4, names=list("abcd")).to_frame(index=False)
-    with pytest.raises(ValueError, match="varies a, b, c, d: plot a part"):
+    with pytest.raises(ValueError, match="varies a, b, c, d: take a part"):
         Result("four", cells, torch.randn(16, 1), "x").plot()
     assert len(Result("four", cells, torch.randn(16, 1), "x").only(b=1).plot().data) == 2
     with pytest.raises(

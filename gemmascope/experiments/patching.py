@@ -74,26 +74,58 @@ def activation_patching(
         ValueError: for prompts of different lengths without pairs of positions, an axis that a site does not have, a
             cell out of range, a metric that gives NaN or another shape.
     """
-    sites = [site] if isinstance(site, str) else list(site)
-    if direction not in ("denoising", "noising"):
-        raise ValueError(f"direction is {direction!r}; it is 'denoising' or 'noising'.")
-    begun = {"clean": model._begin(clean, attention_mask), "corrupted": model._begin(corrupted, attention_mask)}
-    pairs = _pairs(begun, positions, by if cells is None else list(cells))
-    source, base = ("clean", "corrupted") if direction == "denoising" else ("corrupted", "clean")
-    place = {pair[base == "corrupted"]: pair[source == "corrupted"] for pair in pairs}
-    cells = _cells(model, sites, by, layers, list(place)) if cells is None else cells.reset_index(drop=True)
-    _check_cells(cells, sites)
-    named = cells.to_dict("records")
-    names = _names(model, sites, named)
-    runs = {name: Baseline(model, run, metric, names) for name, run in begun.items()}
-    made = _interventions(model, runs[source].stored, runs[base].stored, sites, named, place)
-    values = run_cells(runs[base], made, rows=rows, done=resumed(resume, cells), progress=progress)
-    said = about(model, site=sites, direction=direction)
-    if model.tokenizer is not None:
-        said["tokens"] = model.to_str_tokens(begun[base].tokens[0])
-    figures = {name: run.figures for name, run in runs.items()}
-    name = "activation patching" + (" (noising)" if base == "clean" else "")
-    return Result(name, cells, values, unit_of(metric), figures, said, base)
+    sweep = PatchingSweep(
+        model, clean, corrupted, metric, site, by, direction, layers, positions, cells, attention_mask
+    )
+    done = resumed(resume, sweep.cells)
+    return sweep.result(run_cells(sweep.runs[sweep.base], sweep.made, rows=rows, done=done, progress=progress))
+
+
+class PatchingSweep:
+    """A sweep of `activation_patching`, its two prompts run and its cells laid out, before any cell runs."""
+
+    def __init__(
+        self,
+        model,
+        clean,
+        corrupted,
+        metric: Callable[[Tensor], Tensor],
+        site: str | Sequence[str] = "resid_pre",
+        by: Sequence[str] = ("layer", "pos"),
+        direction: str = "denoising",
+        layers: Sequence[int] | None = None,
+        positions: Sequence[int | tuple[int, int]] | None = None,
+        cells: pandas.DataFrame | None = None,
+        attention_mask: Tensor | None = None,
+    ):
+        """See `activation_patching`, which says what is raised too."""
+        sites = [site] if isinstance(site, str) else list(site)
+        if direction not in ("denoising", "noising"):
+            raise ValueError(f"direction is {direction!r}; it is 'denoising' or 'noising'.")
+        begun = {"clean": model._begin(clean, attention_mask), "corrupted": model._begin(corrupted, attention_mask)}
+        pairs = _pairs(begun, positions, by if cells is None else list(cells))
+        source, base = ("clean", "corrupted") if direction == "denoising" else ("corrupted", "clean")
+        place = {pair[base == "corrupted"]: pair[source == "corrupted"] for pair in pairs}
+        cells = _cells(model, sites, by, layers, list(place)) if cells is None else cells.reset_index(drop=True)
+        _check_cells(cells, sites)
+        named = cells.to_dict("records")
+        names = _names(model, sites, named)
+        self.cells = cells
+        self.runs = {name: Baseline(model, run, metric, names) for name, run in begun.items()}
+        """The clean and the corrupted run."""
+        self.base = base
+        """The name of the run that cells change."""
+        self.made = _interventions(model, self.runs[source].stored, self.runs[base].stored, sites, named, place)
+        """What each cell patches, made when it runs."""
+        self._unit, self._about = unit_of(metric), about(model, site=sites, direction=direction)
+        if model.tokenizer is not None:
+            self._about["tokens"] = model.to_str_tokens(begun[base].tokens[0])
+
+    def result(self, values: Float[Tensor, "cell prompt"]) -> Result:
+        """Figures of the cells, NaN in those that have not run, as a Result."""
+        figures = {name: run.figures for name, run in self.runs.items()}
+        name = "activation patching" + (" (noising)" if self.base == "clean" else "")
+        return Result(name, self.cells, values, self._unit, figures, self._about, self.base)
 
 
 def aligned(model, clean, corrupted) -> list[tuple[int, int]]:

@@ -142,7 +142,40 @@ def _layer(name: str, n_layers: int) -> int:
     return -1 if name in ("hook_embed", "hook_ple_inputs") else n_layers
 
 
-@torch.no_grad()
+class Queue:
+    """Cells that wait to be run. Those that start at the same layer and near the same position share a pass."""
+
+    def __init__(
+        self,
+        base: Baseline,
+        cells: Sequence,
+        rows: int = ROWS,
+        done: Float[Tensor, "cell prompt"] | None = None,
+    ):
+        """See `run_cells`."""
+        self.base, self.cells = base, cells
+        self.size = max(1, rows // base.n_prompts)
+        self.values = torch.full((len(cells), base.n_prompts), float("nan")) if done is None else done.clone()
+        """The figures so far; NaN in cells that wait."""
+        self.waiting = sorted(
+            (*base.first(self.given(i)), i) for i in self.values.isnan().any(-1).nonzero()[:, 0].tolist()
+        )
+
+    def given(self, number: int) -> list[Intervention]:
+        """The interventions of a cell."""
+        cell = self.cells[number]
+        return flat(cell() if callable(cell) else cell)
+
+    @torch.no_grad()
+    def step(self) -> list[int]:
+        """Runs the next pass; the numbers of its cells."""
+        layer, pos, _ = self.waiting[0]
+        numbers = [number for first, _, number in self.waiting[: self.size] if first == layer]
+        self.values[numbers] = self.base.values([self.given(number) for number in numbers], layer, pos)
+        self.waiting = self.waiting[len(numbers) :]
+        return numbers
+
+
 def run_cells(
     base: Baseline,
     cells: Sequence,
@@ -159,25 +192,13 @@ def run_cells(
         rows: rows of a forward pass; prompts of one cell stay together.
         done: figures of an earlier, interrupted call: only its NaN cells are run.
     """
-
-    def given(number: int) -> list[Intervention]:
-        return flat(cells[number]() if callable(cells[number]) else cells[number])
-
-    values = torch.full((len(cells), base.n_prompts), float("nan")) if done is None else done.clone()
-    # Cells that start at the same layer and near the same position share a pass.
-    waiting = sorted((*base.first(given(i)), i) for i in values.isnan().any(-1).nonzero()[:, 0].tolist())
-    size = max(1, rows // base.n_prompts)
-    with tqdm(total=len(cells), initial=len(cells) - len(waiting), unit="cell", delay=1, disable=not progress) as bar:
-        with interruptible(
-            lambda: f"{len(waiting)} of {len(cells)} cells to go; pass this result as resume= to go on."
-        ):
-            while waiting:
-                layer, pos, _ = waiting[0]
-                chunk = [number for first, _, number in waiting[:size] if first == layer]
-                values[chunk] = base.values([given(number) for number in chunk], layer, pos)
-                waiting = waiting[len(chunk) :]
-                bar.update(len(chunk))
-    return values
+    queue = Queue(base, cells, rows, done)
+    n = len(cells)
+    with tqdm(total=n, initial=n - len(queue.waiting), unit="cell", delay=1, disable=not progress) as bar:
+        with interruptible(lambda: f"{len(queue.waiting)} of {n} cells to go; pass this result as resume= to go on."):
+            while queue.waiting:
+                bar.update(len(queue.step()))
+    return queue.values
 
 
 def sweep(
