@@ -11,10 +11,6 @@ export class LocalModel {
     return this.#values[name];
   }
   set(name, value) {
-    if (typeof name === "object") {
-      for (const [each, its] of Object.entries(name)) this.set(each, its);
-      return;
-    }
     if (this.#values[name] === value) return;
     this.#values[name] = value;
     this.#fire(`change:${name}`);

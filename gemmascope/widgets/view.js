@@ -46,11 +46,15 @@ export function view({ name, note, keys = "", build }) {
       const either = AbortSignal.any([signal, stop]); // with a signal of ours, there is no time limit
       const [response, buffers] = await experimental.invoke("ask", { question, arguments: args }, { signal: either });
       if (response.error !== undefined) throw new Error(response.error);
+      if (failed) v.notice("");
+      failed = false;
       return unpacked(response, (data) => (typeof data === "number" ? buffers[data] : data));
     }
+    let failed = false; // until an answer comes again
     function fail(error) {
       if (signal.aborted || error.name === "AbortError") return;
       const gone = /cannot send|comm|disposed|no kernel/i.test(error.message);
+      failed = true;
       v.notice(gone ? "The kernel is gone or was restarted: run this cell again." : error.message);
     }
 
@@ -167,7 +171,15 @@ export function view({ name, note, keys = "", build }) {
 
     // The selection that is followed.
     let shared = new LocalModel({});
-    const onSelect = () => parts && v.refresh();
+    let waiting = false;
+    const onSelect = () => {
+      if (waiting) return; // several entries of one selection are one change
+      waiting = true;
+      queueMicrotask(() => {
+        waiting = false;
+        if (parts) v.refresh();
+      });
+    };
     async function follow() {
       shared.off("change", onSelect);
       const ref = model.get("selection");

@@ -7,7 +7,6 @@ class LiveModel extends LocalModel {
     this.changed = {};
   }
   set(name, value) {
-    if (typeof name === "object") return super.set(name);
     if (this.get(name) !== value) this.changed[name] = value;
     super.set(name, value);
   }
