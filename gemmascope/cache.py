@@ -273,6 +273,12 @@ class ActivationCache(Decomposable):
             real = self._positions.apply(fed[..., -n_queries:], dim=-1).to(indices.device)
         return RoutingTrace(layers, indices, weights, probs, real.bool(), about=about(self.model))
 
+    def view(self, **how):
+        """The linked views of this run of one prompt: `gs.dashboard(cache.model, cache)`, which takes what `how` says."""
+        from gemmascope.views.dashboard import dashboard
+
+        return dashboard(self.model, self, **how)
+
     # Whole-cache operations
 
     def _at(self, positions: Slice) -> "ActivationCache":
