@@ -1,0 +1,362 @@
+// A patching sweep as a grid that fills in while it runs: the page asks for one pass after another, so that to stop is to
+// ask no more.
+
+import { matrix } from "./matrix.js";
+import { canonical, clamp, number, plural, range, shown } from "./numbers.js";
+import { button, choice, codeColours, codeImage, h, scale } from "./parts.js";
+import { patchTokens } from "./patch_cell.js";
+import { patchPrompts } from "./patch_prompts.js";
+import { view } from "./view.js";
+
+/** Axes that have a place in the selection. */
+const PATCH_AXES = {
+  layer: "layer",
+  pos: "pos",
+  query: "pos",
+  key: "key",
+  head: "head",
+  expert: "expert",
+  neuron: "neuron",
+};
+const PATCH_AXES_SAID = { pos: "position" };
+
+export const patchGrid = view({
+  name: "Patching",
+  note:
+    "Each cell puts one activation of one run into the other, and its colour says how much of the difference between " +
+    "the two runs comes with it: which place carries the information, by cause and not by correlation.",
+  keys: "Enter runs the cell at the cursor again, [ and ] go through the pictures of a third axis.",
+  build(v) {
+    const { title, prompts, offers } = v.data;
+    const live = Boolean(offers) && !v.page;
+    let grid = null; // the answer on show: its values are filled in as cells come
+    let of = null; // the settings it is of, as text
+    let image = null;
+    let running = null; // what stops the sweep that runs
+    let busy = false; // one cell is being run again
+    let told = null; // the cell that was run again last
+    const own = {}; // the cursor on axes that no other view knows
+
+    const settings = () => {
+      const { site, by, direction, metric } = v.state;
+      return offers ? { site, by, direction, metric } : {};
+    };
+
+    // Parts
+    const facts = h("p", { className: "baselines" });
+    const controls = h("div", { className: "controls" });
+    const start = button("Run", () => (running ? stop() : go()), { className: "commit", hidden: !live });
+    const bar = h("progress", { max: 1, value: 0, ariaLabel: "Cells that have run" });
+    const left = h("span", { className: "left" });
+    const taken = button("", () => take(), { hidden: true });
+    const facets = h("span", {});
+    const map = matrix(v, {
+      name: "Cells of the sweep",
+      pick: (row, column) => choose({ row, column }),
+      others: { Enter: () => again(), "[": () => turn(-1), "]": () => turn(1) },
+    });
+    map.canvas.addEventListener("click", () => again());
+    const legend = h("p", { className: "legend" });
+    const heading = h("h4");
+    const lines = h("p", { className: "figures" });
+    const rerun = button("Run this cell", () => again(), { className: "commit", hidden: !live });
+    const why = h("small", { hidden: true });
+    const tokens = patchTokens(v, (token) => v.select({ token }));
+    const panel = h("div", { className: "panel" }, heading, lines, rerun, why, tokens.el);
+    const pair = prompts && patchPrompts(v, prompts, (column) => pickColumn(column));
+    const progress = h("div", { className: "controls progress" }, start, bar, left, facets, taken);
+    if (pair) v.body.append(pair.el);
+    const picture = h("div", { className: "picture" }, map.el, legend);
+    v.body.append(facts, controls, progress, h("div", { className: "split" }, picture, panel));
+
+    // Cells
+    const sizes = () => grid.cell.shape;
+    const numberAt = ({ facet, row, column }) => grid.cell.values[(facet * sizes()[1] + row) * sizes()[2] + column];
+    function share(value) {
+      const { clean, corrupted } = grid.baselines;
+      return grid.shares ? (value - corrupted) / (clean - corrupted) : value;
+    }
+    const waiting = () => grid.values.values.reduce((count, value) => count + Number.isNaN(value), 0);
+    /** The axes as facet, row, column; null where there are fewer. */
+    const axes = () => [...Array(3 - grid.axes.length).fill(null), ...grid.axes];
+    const named = (axis) => PATCH_AXES_SAID[axis.name] ?? axis.name;
+    const label = (axis, i) => {
+      const entry = axis.entries[i];
+      if (axis.tokens[i] !== null) return `${entry} ${shown(axis.tokens[i])}`;
+      return typeof entry === "number" ? `${named(axis)} ${entry}` : shown(String(entry));
+    };
+    function indexOn(axis) {
+      if (!axis) return 0;
+      const field = PATCH_AXES[axis.name];
+      const now = field === undefined ? null : v.now[field];
+      const found = axis.entries.indexOf(now < 0 && now !== null ? now + axis.entries.length : now);
+      return found >= 0 ? found : clamp(own[axis.name] ?? 0, 0, axis.entries.length - 1);
+    }
+    const at = () => {
+      const [facet, row, column] = axes().map(indexOn);
+      return { facet, row, column };
+    };
+    function choose(place) {
+      const changes = {};
+      const to = { ...at(), ...place };
+      axes().forEach((axis, i) => {
+        if (!axis) return;
+        const index = [to.facet, to.row, to.column][i];
+        own[axis.name] = index;
+        if (axis.name in PATCH_AXES) changes[PATCH_AXES[axis.name]] = axis.entries[index];
+      });
+      v.select(changes);
+      v.refresh();
+    }
+    function pickSite(to) {
+      const found = offers.sites.find((one) => one.site === to);
+      v.keep({ site: to, by: found ? found.by[0] : v.state.by });
+    }
+    /** The site that another view selected, where it can be patched and is not yet. */
+    function elsewhere() {
+      const hook = (v.now.site ?? "").replace(/^blocks\.\d+\./, "");
+      return live && offers.sites.find((one) => one.hook === hook && one.site !== v.state.site);
+    }
+    const take = () => pickSite(elsewhere().site);
+    const turn = (by) => grid && choose({ facet: clamp(at().facet + by, 0, sizes()[0] - 1) });
+    /** Which of a column's positions the cells are of: that of the run which they change. */
+    const side = () => (v.state.direction === "noising" ? 0 : 1);
+    function pickColumn(column) {
+      const pos = prompts.columns[column][side()];
+      if (pos >= 0) v.select({ pos });
+    }
+
+    // Running
+    function stop() {
+      running?.abort();
+      running = null;
+      status();
+    }
+    async function go() {
+      if (!grid || busy) return;
+      const mine = (running = new AbortController());
+      const [on, asked] = [grid, settings()];
+      const [begun, before] = [performance.now(), waiting()];
+      status();
+      while (running === mine && !v.signal.aborted && waiting()) {
+        const came = await v.run("cells", { ...asked, first: on.heard }, mine.signal);
+        if (came === null || running !== mine) break;
+        came.numbers.values.forEach((cell, i) => (on.values.values[cell] = came.values.values[i]));
+        on.heard += came.numbers.values.length;
+        draw();
+        const done = before - waiting();
+        status(((performance.now() - begun) / done) * waiting());
+      }
+      if (running === mine) running = null;
+      status();
+      v.refresh();
+    }
+    async function again() {
+      if (!live || !grid || busy || running || numberAt(at()) < 0) return;
+      const [key, cell] = [of, numberAt(at())];
+      busy = true;
+      status();
+      const answer = await v.run("cell", { ...settings(), number: cell });
+      busy = false;
+      if (answer) told = { key, cell, ...answer };
+      status();
+      v.refresh();
+    }
+    function status(milliseconds = null) {
+      if (!grid) return;
+      const [n, wait] = [grid.values.values.length, waiting()];
+      const time = milliseconds === null ? "" : `, about ${Math.max(1, Math.round(milliseconds / 1000))} s left`;
+      start.textContent = running ? "Stop" : wait === n ? "Run" : wait ? "Go on" : "Done";
+      start.disabled = busy || (!running && wait === 0);
+      [bar.value, bar.hidden] = [(n - wait) / n, !live];
+      left.textContent = wait || offers ? `${n - wait} of ${plural(n, "cell")}${wait ? time : ""}` : plural(n, "cell");
+      rerun.disabled = busy || Boolean(running);
+      rerun.textContent = busy ? "Running …" : "Run this cell";
+      [why.textContent, why.hidden] = ["Stop the sweep to run one cell.", !running];
+    }
+
+    // Drawing
+    function code() {
+      const shares = grid.values.values.map(share);
+      const reach = shares.reduce((most, x) => Math.max(most, Number.isFinite(x) ? Math.abs(x - grid.nothing) : 0), 0) || 1;
+      const [low, high] = [grid.nothing - reach, grid.nothing + reach];
+      const { facet } = at();
+      const [, rows, columns] = sizes();
+      const codes = new Uint8Array(rows * columns).fill(255);
+      for (let i = 0; i < codes.length; i++) {
+        const cell = grid.cell.values[facet * rows * columns + i];
+        const x = cell < 0 ? NaN : shares[cell];
+        if (Number.isFinite(x)) codes[i] = Math.round(((x - low) / (high - low)) * 254);
+      }
+      return { image: codeImage(codes, columns, rows, codeColours(v.theme.diverging)), facet, low, high };
+    }
+    function draw() {
+      image = null;
+      update();
+      const none = waiting();
+      const [, , across] = axes();
+      const ends = { 0: number(image.low, 2), 0.5: number(grid.nothing, 2), 1: number(image.high, 2) };
+      const unit = grid.shares ? "share recovered (corrupted 0, clean 1)" : grid.unit;
+      legend.replaceChildren(
+        scale("diverging", unit, ends),
+        h("span", {}, "middle: the cell did nothing"),
+        none ? h("span", {}, h("i", { className: "missing" }), ` ${plural(none, "cell")} not run`) : "",
+        h("span", {}, `across: ${named(across)}`),
+      );
+    }
+    function update() {
+      if (pair) {
+        const pos = v.now.pos ?? prompts.columns.findLast(([a, b]) => a >= 0 && b >= 0)[side()];
+        const column = prompts.columns.findIndex((one) => one[side()] === pos);
+        pair.select(Math.max(column, 0));
+      }
+      const other = elsewhere();
+      taken.hidden = !other;
+      if (other) taken.textContent = `Patch ${other.hook}, selected elsewhere`;
+      if (!grid) return;
+      const place = at();
+      if (!image || image.facet !== place.facet) image = code();
+      const [facet, down, across] = axes();
+      const names = (axis) => (axis ? range(axis.entries.length).map((i) => label(axis, i)) : [""]);
+      const long = across.tokens.some((token) => token !== null) || across.entries.some((one) => typeof one !== "number");
+      map.show({
+        image: image.image,
+        rows: names(down),
+        columns: names(across),
+        at: place,
+        sentence: sentence(),
+        gutter: down ? (down.entries.every((one) => typeof one === "number") ? 74 : 110) : 8,
+        head: long ? 92 : 74,
+        most: 56,
+      });
+      const choices = facet && range(facet.entries.length).map((i) => [String(i), label(facet, i)]);
+      const turnTo = (i) => choose({ facet: Number(i) });
+      facets.replaceChildren(facet ? choice(named(facet), choices, String(place.facet), turnTo) : "");
+      tell(place);
+    }
+    function tell(place) {
+      const cell = numberAt(place);
+      const mine = told && told.key === of && told.cell === cell ? told : null;
+      heading.textContent = where(place);
+      const value = cell < 0 ? NaN : Number.isNaN(grid.values.values[cell]) ? (mine?.value ?? NaN) : grid.values.values[cell];
+      const line = (name, text) => h("span", {}, h("span", { className: "what" }, name), " ", h("b", {}, text));
+      const spread = grid.interval && cell >= 0 ? [0, 1].map((i) => number(grid.interval.values[cell * 2 + i])) : null;
+      lines.replaceChildren(
+        ...(Number.isNaN(value)
+          ? [h("span", {}, cell < 0 ? "This place does not exist." : "This cell has not run.")]
+          : [line(grid.unit, number(value)), grid.shares ? line("share recovered", number(share(value))) : ""]),
+        spread ? line("95 % of means", `${spread[0]} to ${spread[1]}`) : "",
+      );
+      tokens.el.hidden = !mine;
+      if (mine) tokens.show(mine, v.now.token);
+    }
+    const where = (place) =>
+      axes()
+        .map((axis, i) => axis && `${named(axis)} ${label(axis, [place.facet, place.row, place.column][i])}`)
+        .filter(Boolean)
+        .map((text) => text.replace(/^(\w+) \1 /, "$1 "))
+        .join(", ");
+    function sentence() {
+      if (!grid) return "";
+      const cell = numberAt(at());
+      const value = cell < 0 ? NaN : grid.values.values[cell];
+      if (cell < 0) return `${where(at())}: no such cell`;
+      if (Number.isNaN(value)) return `${where(at())}: not run`;
+      const recovered = grid.shares ? `, ${number(share(value))} of the difference recovered` : "";
+      return `${where(at())}: ${grid.unit} ${number(value)}${recovered}`;
+    }
+    function head() {
+      const metric = offers?.metrics.find(({ name }) => name === v.state.metric);
+      const about = metric?.tokens.length ? ` of ${metric.tokens.map(shown).join(" over ")}` : "";
+      const each = Object.entries(grid.baselines).map(([name, value]) => `${name} run ${number(value)}`);
+      facts.replaceChildren(
+        h("b", { dir: "auto" }, `${grid.unit}${about}`),
+        each.length ? `: ${each.join(", ")}` : "",
+        h("small", { dir: "auto" }, title + (pair ? `; ${plural(pair.differing, "token")} differ${pair.differing === 1 ? "s" : ""}` : "")),
+      );
+    }
+    function offer() {
+      if (!offers) return;
+      const { site, by, direction, metric } = v.state;
+      const known = offers.sites.find((one) => one.site === site);
+      const bys = known?.by ?? [by];
+      const joined = (list) => list.map((name) => PATCH_AXES_SAID[name] ?? name).join(" × ");
+      if (!live) {
+        controls.replaceChildren(`${site} by ${joined(by)}, ${direction}`);
+        return;
+      }
+      const sites = offers.sites.map((one) => [one.site, `${one.site}: ${one.meaning}`]);
+      const all = bys.some((one) => canonical(one) === canonical(by)) ? bys : [...bys, by];
+      controls.replaceChildren(
+        choice("patch", known ? sites : [...sites, [site, site]], site, pickSite),
+        choice("by", all.map((one) => [canonical(one), joined(one)]), canonical(by), (to) => v.keep({ by: JSON.parse(to) })),
+        choice(
+          "direction",
+          [
+            ["denoising", "denoising: clean into corrupted"],
+            ["noising", "noising: corrupted into clean"],
+          ],
+          direction,
+          (to) => v.keep({ direction: to }),
+        ),
+        choice("measure", offers.metrics.map(({ name }) => name), metric, (to) => v.keep({ metric: to })),
+      );
+    }
+
+    return {
+      paint() {
+        const key = canonical(settings());
+        if (key !== of) {
+          stop();
+          [grid, of] = [null, key];
+        }
+        offer();
+        v.show("grid", settings(), (answer) => {
+          grid = answer;
+          head();
+          draw();
+          status();
+          v.refresh();
+        });
+      },
+      update,
+      sentence,
+      python() {
+        const cell = grid ? numberAt(at()) : 0;
+        const row = `result.table.iloc[${Math.max(cell, 0)}]`;
+        if (!offers) return row;
+        const { site, by, direction, metric } = v.state;
+        const made = offers.metrics.find(({ name }) => name === metric).python;
+        const axes = `(${by.map((name) => `"${name}"`).join(", ")})`;
+        const way = direction === "noising" ? ', direction="noising"' : "";
+        return [
+          made === null ? "# metric: the function that gs.patch_grid was given" : `metric = ${made}`,
+          `result = gs.activation_patching(model, clean, corrupted, metric, "${site}", ${axes}${way}${offers.call})`,
+          row,
+        ].join("\n");
+      },
+      table() {
+        const cells = [];
+        for (let facet = 0; facet < sizes()[0]; facet++)
+          for (let row = 0; row < sizes()[1]; row++)
+            for (let column = 0; column < sizes()[2]; column++) {
+              const cell = numberAt({ facet, row, column });
+              if (cell >= 0) cells.push({ places: [facet, row, column], value: grid.values.values[cell] });
+            }
+        const far = ({ value }) => (Number.isNaN(value) ? -1 : Math.abs(share(value) - grid.nothing));
+        cells.sort((a, b) => far(b) - far(a));
+        const none = (x) => (Number.isNaN(x) ? null : x);
+        const known = axes().map((axis, i) => [axis, i]).filter(([axis]) => axis);
+        return {
+          columns: [...known.map(([axis]) => axis.name), grid.unit, ...(grid.shares ? ["recovered"] : [])],
+          rows: cells.map(({ places, value }) => [
+            ...known.map(([axis, i]) => axis.entries[places[i]]),
+            none(value),
+            ...(grid.shares ? [none(share(value))] : []),
+          ]),
+        };
+      },
+      picture: () => map.canvas,
+    };
+  },
+});
