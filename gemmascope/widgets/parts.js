@@ -29,6 +29,7 @@ export function readTheme(root) {
     muted: value("--muted"),
     line: value("--line"),
     hatch: value("--hatch"),
+    unseen: value("--unseen"),
     mono: value("--mono"),
     probability: stops("--ramp-probability"),
     surprise: stops("--ramp-surprise"),
