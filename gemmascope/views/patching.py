@@ -149,8 +149,8 @@ class _Sweeps:
         logits = base.logits([made], base.first(made)[0])[0]
         last = torch.stack([*(run.logits[-1] for run in self.runs.values()), logits[0, -1]])
         probs = ops.wide(last).softmax(-1)
-        best = probs.topk(min(TOP, probs.shape[1])).indices.flip(0).flatten().tolist()  # the patched run's first
-        ids = list(dict.fromkeys(best))
+        best = probs.topk(min(TOP, probs.shape[1])).indices.unique()
+        ids = best[probs[:, best].amax(0).argsort(descending=True)].tolist()
         return {
             "value": float(base.metric(logits)[0]),
             "ids": ids,

@@ -229,7 +229,7 @@ export const patchGrid = view({
         head: long ? 92 : 74,
         most: 56,
       });
-      const choices = facet && range(facet.entries.length).map((i) => [String(i), label(facet, i)]);
+      const choices = facet && facet.entries.map((entry, i) => [String(i), typeof entry === "number" ? String(entry) : label(facet, i)]);
       const turnTo = (i) => choose({ facet: Number(i) });
       facets.replaceChildren(facet ? choice(named(facet), choices, String(place.facet), turnTo) : "");
       tell(place);

@@ -79,7 +79,7 @@ def test_a_cell_run_again_shows_the_next_token_in_three_runs(model):
     _, cache = model.run_with_cache(CLEAN)
     patched = model(CORRUPTED, interventions=gs.patch(("resid_pre", 4), cache, positions=14))
     np.testing.assert_allclose(probs[2], patched[0, -1].softmax(-1)[cell["ids"]].detach().numpy(), atol=1e-5)
-    assert cell["tokens"][0] == " Mary" and set(cell["tokens"]) >= {" Mary", " John"}
+    assert set(cell["tokens"][:2]) == {" Mary", " John"}
     # The likeliest tokens of the runs are the answers, where none were given.
     assert grid.data["offers"]["metrics"][0]["tokens"] == [" Mary", " John"]
 
