@@ -4,7 +4,6 @@ nostalgebraist, "interpreting GPT: the logit lens" (2020). The stream goes throu
 own), the unembedding and the soft cap, which is what the model does to its last stream.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import pandas
@@ -52,6 +51,10 @@ class Lens:
     model: object
     streams: dict[int, Stream]
     """Each layer's stream as the lens reads it, at the positions asked for."""
+    tokens: Int[Tensor, "prompt token"]
+    """The prompts, whole."""
+    tuned: object | None
+    """The TunedLens that translated the streams."""
 
     @torch.no_grad()
     def logits(self, layer: int) -> Float[Tensor, "prompt pos d_vocab"]:
@@ -59,6 +62,16 @@ class Lens:
         if layer not in self.streams:
             raise ValueError(f"Layer {layer} is not in this lens: it has -1 (the embedding) to {max(self.streams)}.")
         return unembedded(self.model, self.streams[layer])
+
+    def view(self, *, selection=None, state=None):
+        """What every layer predicts, as a table to look into: see `gemmascope.lens_view`. The prompt is run again.
+
+        Raises:
+            ValueError: for several prompts, or when the model now runs otherwise than when this lens was read.
+        """
+        from gemmascope.views.lens import view_of
+
+        return view_of(self, selection=selection, state=state)
 
     def __repr__(self) -> str:
         n_prompts, n_pos = self.streams[-1].shape[:2]
@@ -91,7 +104,7 @@ def logit_lens(
     Raises:
         ValueError: for a target that is not one token, or a position that is not there.
     """
-    return read(model, prompt, target, positions, top, "logit lens", lambda stream, layer: stream)
+    return read(model, prompt, target, positions, top)
 
 
 @torch.no_grad()
@@ -101,10 +114,9 @@ def read(
     target: Answer | None,
     positions: int | list[int] | None,
     top: int,
-    experiment: str,
-    translate: Callable[[Stream, int], Stream],
+    tuned=None,
 ) -> Lens:
-    """A lens whose streams pass through `translate(stream, layer)` first."""
+    """A lens; with a TunedLens, the streams pass through its translators first."""
     if not 1 <= top <= model.cfg.d_vocab:
         raise ValueError(f"top is {top}: it is a number of tokens, 1 to {model.cfg.d_vocab}.")
     prompts = encoded(model, prompt)
@@ -118,12 +130,16 @@ def read(
         pos_slice=at.index,
         return_type=None,
     )
-    streams = {layer: translate(cache[name], layer) for layer, name in names.items()}
-    figures, ids, probs = _measured(model, streams, wanted, top)
+    streams = {layer: cache[name] for layer, name in names.items()}
+    if tuned is not None:
+        streams = {layer: tuned.translate(stream, layer) for layer, stream in streams.items()}
+    figures, ids, probs = measured(model, streams, streams[max(streams)], wanted, top)
     cells = pandas.DataFrame([(layer, pos) for layer in streams for pos in at.names], columns=["layer", "pos"])
     said = about(model, target=None if wanted is None else wanted.tolist(), positions=at.names)
     if len(prompts.tokens) == 1:
         said["tokens"] = [str(token) for token in names_of_tokens(model, prompts.tokens[0].tolist())]
+
+    experiment = "logit lens" if tuned is None else "tuned lens"
 
     def result(number: int, what: str, unit: str) -> Result:
         values = figures[number].transpose(1, 2).flatten(0, 1).cpu()
@@ -137,31 +153,34 @@ def read(
         kl=result(3, "KL to the final distribution", "nats"),
         model=model,
         streams=streams,
+        tokens=prompts.tokens,
+        tuned=tuned,
     )
 
 
-def _measured(
-    model, streams: dict[int, Stream], wanted: Tensor | None, top: int
+def measured(
+    model, streams: dict[int, Stream], last: Stream, wanted: Int[Tensor, " prompt"] | None, top: int
 ) -> tuple[
     Float[Tensor, "figure layer prompt pos"],
     Int[Tensor, "layer prompt pos top"],
     Float[Tensor, "layer prompt pos top"],
 ]:
-    """Log probability and rank of the target, entropy and KL; the likeliest ids and their probabilities."""
-    n_prompts, n_pos = streams[-1].shape[:2]
+    """Log probability and rank of the target, entropy, and KL to what the model makes of `last`, in that order; the
+    likeliest ids and their probabilities."""
+    n_prompts, n_pos = last.shape[:2]
     step = max(1, _BLOCK // (n_prompts * model.cfg.d_vocab))
     blocks = []
     for start in range(0, n_pos, step):
 
-        def log_probs(layer: int, part: slice = slice(start, start + step)) -> Tensor:
-            return ops.wide(unembedded(model, streams[layer][:, part])).log_softmax(-1)
+        def log_probs(stream: Stream, part: slice = slice(start, start + step)) -> Tensor:
+            return ops.wide(unembedded(model, stream[:, part])).log_softmax(-1)
 
-        final = log_probs(max(streams))
+        final = log_probs(last)
         final_probs = final.exp()
         target = final.argmax(-1) if wanted is None else wanted[:, None].expand(final.shape[:2])
         rows = []
-        for layer in streams:
-            now = log_probs(layer)
+        for stream in streams.values():
+            now = log_probs(stream)
             own = now.gather(-1, target[..., None])
             best, ids = now.topk(top, dim=-1)
             entropy, kl = -(now.exp() * now).sum(-1), (final_probs * (final - now)).sum(-1)

@@ -56,7 +56,7 @@ class TunedLens:
         self, prompt, target: Answer | None = None, *, positions: int | list[int] | None = None, top: int = 5
     ) -> Lens:
         """As `logit_lens`, through the translators."""
-        return read(self.model, prompt, target, positions, top, "tuned lens", self.translate)
+        return read(self.model, prompt, target, positions, top, self)
 
     # Training
 
