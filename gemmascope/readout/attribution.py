@@ -46,10 +46,11 @@ class _Reading:
         pos: int,
         tokens: tuple[Answer, Answer | None],
         layers: Sequence[int] | None = None,
+        at: ActivationCache | None = None,
     ):
         self.whole, self.pos, self.model = cache, pos, cache.model
         self.layers = range(self.model.cfg.n_layers) if layers is None else layers
-        self.at = cache._at(Slice(pos))
+        self.at = cache._at(Slice(pos)) if at is None else at
         self.n_prompts = len(self.get("ln_final.hook_scale"))
         right, wrong = (None if one is None else answers(self.model, one, self.n_prompts) for one in tokens)
         unembed = self.model.W_U.T
@@ -257,29 +258,30 @@ def shares(
     pos: int,
     layers: Sequence[int] | None = None,
     top: int | None = None,
+    at: ActivationCache | None = None,
 ) -> Shares:
     """The numbers of `direct_logit_attribution`, from a cache.
 
     Args:
         pos: index of the position in the cache, from 0.
         layers: those whose parts are wanted; all by default. Of the others nothing is read.
+        at: that position of the cache, where it is at hand: see `at_positions`.
     """
-    reading = _Reading(cache, pos, (correct, wrong), layers)
+    reading = _Reading(cache, pos, (correct, wrong), layers, at)
     cells, values = _collected(_PARTS[by](reading), top)
     last = reading.get(f"blocks.{cache.model.cfg.n_layers - 1}.hook_resid_post")
     return Shares(cells, values, (last * reading.final).sum(-1))
 
 
-def at_position(cache: ActivationCache, pos: int) -> ActivationCache:
-    """What all questions but "source" read of a cache at one position, which is position 0 of the new one: a few
-    kilobytes for each layer, taken in one pass over the blocks, whatever is asked of it later. What the cache lacks,
-    the new one lacks too."""
+def at_positions(cache: ActivationCache, positions: slice) -> ActivationCache:
+    """What the questions read of a cache at the position that is explained, for several of them: taken in one pass over
+    the blocks, whatever is asked of it later. What the cache lacks, the new one lacks too."""
     parts = dict.fromkeys(part for by, needed in _NEEDED.items() if by != "source" for part in needed)
     expansions = ("attn.hook_result", "moe.hook_expert_out")  # at hand only where a hook may have changed them
     n_layers = cache.model.cfg.n_layers
     names = ["hook_embed", *(f"blocks.{layer}.{part}" for layer in range(n_layers) for part in (*parts, *expansions))]
     names += [f"blocks.{n_layers - 1}.hook_resid_post", "ln_final.hook_scale"]
-    at = cache._at(Slice(pos))
+    at = cache._at(Slice(positions))
     held = {name: at.cache_dict[name].clone() for name in names if name in at.cache_dict}  # not views of the whole
     new = ActivationCache(held, cache.model, cache.has_batch_dim, pos_slice=[0], changed=cache._changed)
     new._weights = at._weights

@@ -1,0 +1,73 @@
+// Layers by components, heads and experts, in one colour scale.
+
+import { h } from "./parts.js";
+import { largest, pixel, range } from "./numbers.js";
+import { matrix } from "./matrix.js";
+
+/** The grid of a view. `pick(part)` and `peek(part or null)` hear of { layer, kind, head?, expert? }; expert null is the dense branch. */
+export function attributionGrid(v, { pick, peek, others }) {
+  const { kinds, layers, n_heads: heads, n_experts: experts } = v.data;
+  const apart = { name: "" };
+  const branches = experts
+    ? [
+        { name: "dense", kind: "mlp", expert: null },
+        { name: "experts", kind: "mlp", all: true },
+      ]
+    : [{ name: "feed-forward", kind: "mlp" }];
+  const columns = [
+    { name: "attention", kind: "attn" },
+    ...branches,
+    ...(kinds.includes("ple") ? [{ name: "per-layer", kind: "ple" }] : []),
+    apart,
+    ...range(heads).map((head) => ({ name: `head ${head}`, kind: "attn", head })),
+    ...(experts ? [apart, ...range(experts).map((expert) => ({ name: `expert ${expert}`, kind: "mlp", expert }))] : []),
+  ];
+  let at = { row: 0, column: 0 };
+  const part = ({ row, column }) => {
+    const { name, all, ...rest } = columns[column];
+    return { layer: row, ...rest };
+  };
+  const grid = matrix(v, {
+    name: "Attribution by layer and component",
+    pick(row, column) {
+      if (columns[column] === apart) column += column < at.column ? -1 : 1; // over the gap
+      pick(part({ row, column }));
+    },
+    peek: (place) => peek(place && columns[place.column] !== apart ? part(place) : null),
+    others,
+  });
+
+  /** The number of a cell; NaN where there is none. */
+  function value(found, row, { kind, head, expert, all }) {
+    const of = (array, column) => (array ? array.values[row * array.shape[1] + column] : NaN);
+    if (head !== undefined) return of(found.heads, head);
+    if (all)
+      return found.experts ? range(experts).reduce((sum, one) => sum + (of(found.experts, one + 1) || 0), 0) : NaN;
+    if (expert !== undefined) return of(found.experts, expert === null ? 0 : expert + 1);
+    return found.components.values.values[1 + row * kinds.length + kinds.indexOf(kind)];
+  }
+  return {
+    el: grid.el,
+    canvas: grid.canvas,
+    /** Shows { components, heads, experts } (the latter two null until they are known) with a cursor; gives the scale's end. */
+    show(found, { layer, kind, head, expert }, sentence) {
+      const values = layers.map((_, row) =>
+        columns.map((column) => (column === apart ? NaN : value(found, row, column))),
+      );
+      const reach = largest(values.flat().filter(Number.isFinite).map(Math.abs)) || 1;
+      const image = new ImageData(columns.length, layers.length);
+      const pixels = new Uint32Array(image.data.buffer);
+      values.flat().forEach((x, i) => {
+        if (columns[i % columns.length] === apart) pixels[i] = pixel(v.theme.paper);
+        else if (Number.isFinite(x)) pixels[i] = pixel(v.theme.diverging(0.5 + x / reach / 2));
+      });
+      const canvas = h("canvas", { width: columns.length, height: layers.length });
+      canvas.getContext("2d").putImageData(image, 0, 0);
+      const same = (column) => column.kind === kind && !column.all && column.head === head && column.expert === expert;
+      at = { row: layer ?? 0, column: Math.max(0, columns.findIndex(same)) };
+      const names = { rows: layers.map((_, l) => `layer ${l}`), columns: columns.map(({ name }) => name) };
+      grid.show({ image: canvas, ...names, at, sentence, gutter: 70, head: 84, most: 30 });
+      return reach;
+    },
+  };
+}
