@@ -276,3 +276,15 @@ def test_bfloat16_activations_are_collected_as_they_are_and_probed():
     assert len(probe.predict(found)) == 30
     check = gs.causal_check(model, tokens, site, probe.direction, gs.logit(model, 7), n_random=1)
     assert check.done.all() and (check.values[0] - check.baselines["unedited"]).abs().max() > 0
+
+
+def test_what_is_said_of_held_out_examples_gives_the_scores():
+    x, y = torch.randn(60, 5, generator=torch.Generator().manual_seed(1)), ["a", "b", "c"] * 20
+    probe = gs.probe(x, y, folds=4)
+    assert probe.labels == y and set(probe.held_out) <= {"a", "b", "c"}
+    right = sum(said == label for said, label in zip(probe.held_out, y, strict=True)) / 60
+    assert right == pytest.approx(float(probe.scores.mean()), abs=1e-6)
+    assert probe.predict(x) != probe.held_out  # the probe itself has seen them
+    torch.testing.assert_close(probe.score(x), x @ probe.directions.T + probe.bias)
+    numbers = gs.probe(x, list(range(60)), "ridge")
+    assert len(numbers.held_out) == 60 and all(isinstance(one, float) for one in numbers.held_out)

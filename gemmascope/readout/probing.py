@@ -52,6 +52,10 @@ class Probe:
     """The same of the most frequent label (of the mean) of the training folds."""
     control: Float[Tensor, " fold"] | None
     """The same of a probe trained and tested on the control task's labels."""
+    labels: list[Any]
+    """Of every example."""
+    held_out: list[Any]
+    """What was said of every example by the probe of the folds that it is not in."""
 
     @property
     def direction(self) -> Float[Tensor, " d"]:
@@ -67,13 +71,25 @@ class Probe:
             raise ValueError("This probe was fitted with control=False and has no selectivity.")
         return float(self.scores.mean() - self.control.mean())
 
+    def score(self, activations: Float[Tensor, "example d"]) -> Float[Tensor, "example direction"]:
+        """activations @ directions.T + bias: above 0 the second of two classes, the largest of more, or a ridge's
+        numbers. Of a logistic probe these are logits."""
+        return activations.to(self.directions) @ self.directions.T + self.bias
+
     def predict(self, activations: Float[Tensor, "example d"]) -> list[Any]:
         """A class for each example, or the ridge's numbers."""
-        score = activations.to(self.directions) @ self.directions.T + self.bias
+        score = self.score(activations)
         if self.kind == "ridge":
             return score[:, 0].tolist()
         best = (score[:, 0] > 0).long() if len(self.classes) == 2 else score.argmax(-1)
         return [self.classes[i] for i in best.tolist()]
+
+    def view(self, *, selection=None, state=None, **of_model):
+        """Its score beside chance and control, and where it errs: see `gemmascope.probe_view`, which says what to give
+        (`model=` and `site=`, say) to see it read text."""
+        from gemmascope.views.probing import probe_view
+
+        return probe_view(self, selection=selection, state=state, **of_model)
 
 
 class MassMean(ClassifierMixin, BaseEstimator):
@@ -122,11 +138,12 @@ def probe(
     control_scores = None
     if control:
         drawn = _control_labels(y, types, kind, folds, seed)
-        control_scores = _scores(estimator, x, drawn, _splits(drawn, kind, folds, groups, seed))
-    scores, chance = _scores(estimator, x, y, splits), _scores(blank, x, y, splits)
+        control_scores, _ = _held_out(estimator, x, drawn, _splits(drawn, kind, folds, groups, seed))
+    scores, said = _held_out(estimator, x, y, splits)
+    chance, _ = _held_out(blank, x, y, splits)
     directions, bias = _in_activation_space(estimator.fit(x, y))
     classes = [] if kind == "ridge" else np.unique(y).tolist()
-    return Probe(kind, classes, directions, bias, scores, chance, control_scores)
+    return Probe(kind, classes, directions, bias, scores, chance, control_scores, y.tolist(), said.tolist())
 
 
 def _arrays(activations: Tensor, labels: Labels, kind: str) -> tuple[np.ndarray, np.ndarray]:
@@ -199,9 +216,16 @@ def _splits(
     return splits
 
 
-def _scores(estimator: BaseEstimator, x: np.ndarray, y: np.ndarray, splits: list) -> Float[Tensor, " fold"]:
-    fitted = [(clone(estimator).fit(x[train], y[train]), test) for train, test in splits]
-    return torch.tensor([one.score(x[test], y[test]) for one, test in fitted], dtype=torch.float32)
+def _held_out(
+    estimator: BaseEstimator, x: np.ndarray, y: np.ndarray, splits: list
+) -> tuple[Float[Tensor, " fold"], np.ndarray]:
+    """The score on each held-out fold, and what was said there of every example."""
+    scores, said = [], np.empty_like(y)
+    for train, test in splits:
+        fitted = clone(estimator).fit(x[train], y[train])
+        scores.append(fitted.score(x[test], y[test]))
+        said[test] = fitted.predict(x[test])
+    return torch.tensor(scores, dtype=torch.float32), said
 
 
 def _control_labels(y: np.ndarray, types: Labels | None, kind: str, folds: int, seed: int) -> np.ndarray:
@@ -264,6 +288,13 @@ class LayerProbes:
             figure.data[0].name = "probe"
             figure.add_scatter(**line, name="control task")
         return figure
+
+    def view(self, *, selection=None, state=None, **of_model):
+        """Scores by layer beside the control task's, and what is behind each: see `gemmascope.probe_view`, which says
+        what to give (`model=`, `prompts=`) to see the probes read text."""
+        from gemmascope.views.probing import probe_view
+
+        return probe_view(self, selection=selection, state=state, **of_model)
 
     def _repr_html_(self) -> str:
         return self.table.to_html(escape=True)
@@ -338,6 +369,12 @@ class SparseProbes:
     neurons: dict[int, list[Any]]
     """By k: the neurons chosen among all examples, the largest mean difference first; (expert, neuron) of experts."""
 
+    def view(self, *, selection=None, state=None):
+        """Accuracy by number of neurons, beside as many random ones: see `gemmascope.probe_view`."""
+        from gemmascope.views.probing import probe_view
+
+        return probe_view(self, selection=selection, state=state)
+
     def _repr_html_(self) -> str:
         return self.scores._repr_html_()
 
@@ -404,10 +441,10 @@ def k_sparse(
         best = SelectKBest(_mean_difference, k=k)
         random = SelectKBest(lambda x, y: rng.random(x.shape[1]), k=k)
         for row, choice in enumerate((best, random)):
-            scores[row, place] = _scores(make_pipeline(choice, *_estimator("logistic", 1.0)), x, y, splits)
+            scores[row, place], _ = _held_out(make_pipeline(choice, *_estimator("logistic", 1.0)), x, y, splits)
         difference = _mean_difference(x, y)
         chosen[k] = np.argsort(-difference, kind="stable")[:k].tolist()
-    return scores, chosen, _scores(DummyClassifier(), x, y, splits)
+    return scores, chosen, _held_out(DummyClassifier(), x, y, splits)[0]
 
 
 def _mean_difference(x: np.ndarray, y: np.ndarray) -> np.ndarray:
