@@ -14,7 +14,7 @@ export const signColours = (theme) => [0.84, 0.16].map((t) => `rgb(${theme.diver
 /** Whether parts add up to their whole, in words and to the last digit. */
 export function addsUp(values, whole, names, wholeName) {
   const gap = whole - values.reduce((sum, x) => sum + (x || 0), 0);
-  const most = Math.max(1, Math.abs(whole), ...values.map((x) => Math.abs(x) || 0));
+  const most = largest([1, Math.abs(whole), ...values.map((x) => Math.abs(x) || 0)]);
   const none = missing(values);
   if (none || !Number.isFinite(gap)) return `${plural(none, "number")} of ${names} missing: NaN or infinite.`;
   const [together, left] = [signedNumber(whole - gap, 6), number(Math.abs(gap), 6)];
