@@ -37,40 +37,38 @@ export function positionTable(v, { name, tokens, rowNames, rowHeight, cellWidth,
     cell.ariaColIndex = pos + 1;
     return cell;
   };
+  const beyond = (from, to) => range(Math.max(0, to - from)).map((i) => from + i);
   function draw(force) {
     const a = Math.max(0, Math.floor(el.scrollLeft / width) - 4);
     const b = Math.min(n, Math.ceil((el.scrollLeft + el.clientWidth) / width) + 4);
     if (!force && a === first && b === end) return;
+    const apart = force || b <= first || a >= end; // else what is drawn in both places stays
+    const [before, after] = apart ? [beyond(a, b), []] : [beyond(a, first), beyond(end, b)];
     [first, end] = [a, b];
-    const positions = range(b - a).map((i) => a + i);
-    const keep = (r, cells) => r.replaceChildren(r.firstChild, ...cells);
-    keep(
-      head,
-      positions.map((pos) =>
-        place(
-          h(
-            "div",
-            { className: "cell", role: "columnheader", title: shown(tokens[pos]) },
-            h("small", {}, String(pos)),
-            h("span", { dir: "auto" }, shown(tokens[pos])),
-          ),
-          pos,
+    const drawRow = (r, make) => {
+      const cells = [...r.children].slice(1);
+      for (const cell of cells) if (apart || cell.ariaColIndex <= a || cell.ariaColIndex > b) cell.remove();
+      r.firstChild.after(...before.map(make));
+      r.append(...after.map(make));
+    };
+    drawRow(head, (pos) =>
+      place(
+        h(
+          "div",
+          { className: "cell", role: "columnheader", title: shown(tokens[pos]) },
+          h("small", {}, String(pos)),
+          h("span", { dir: "auto" }, shown(tokens[pos])),
         ),
+        pos,
       ),
     );
     body.forEach((r, i) =>
-      keep(
-        r,
-        positions.map((pos) => {
-          const cell = place(
-            h("div", { className: "cell", role: "gridcell", id: v.id(name, i, pos) }),
-            pos,
-          );
-          [cell.dataset.row, cell.dataset.pos] = [i, pos];
-          fill(cell, i, pos);
-          return cell;
-        }),
-      ),
+      drawRow(r, (pos) => {
+        const cell = place(h("div", { className: "cell", role: "gridcell", id: v.id(name, i, pos) }), pos);
+        [cell.dataset.row, cell.dataset.pos] = [i, pos];
+        fill(cell, i, pos);
+        return cell;
+      }),
     );
     if (current) update();
   }

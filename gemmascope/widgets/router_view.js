@@ -92,6 +92,7 @@ export const routerView = view({
       cell.classList.toggle("flip", differs("after", layer, pos));
       cell.classList.toggle("differs", differs("other", layer, pos));
       const { show } = v.state;
+      cell.classList.toggle("chips", show === "experts");
       if (show === "experts") return cell.replaceChildren(...chosen.map(chipOf));
       const x = value[show](w, cellOf(w, layer, pos));
       cell.classList.toggle("missing", !Number.isFinite(x));
