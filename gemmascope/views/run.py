@@ -150,13 +150,17 @@ def _tokens_of(model, cache: ActivationCache) -> Int[Tensor, " pos"]:
     return cache.tokens[0]
 
 
-def _setup(model, prompt: str | list[int]) -> str:
+def loading(model) -> str:
+    """Python that makes `model`."""
     cfg, given = model.cfg, []
     if cfg.dtype != torch.float32:
         given.append(f"dtype={str(cfg.dtype).removeprefix('torch.')!r}")
     if cfg.device.type != "cpu":
         given.append(f"device={str(cfg.device)!r}")
-    loaded = ", ".join([repr(cfg.model_name), *given])
-    text = repr(prompt) if isinstance(prompt, str) else f"torch.tensor({[prompt]})"
-    needed = "import gemmascope as gs" if isinstance(prompt, str) else "import gemmascope as gs\nimport torch"
-    return f"{needed}\nmodel = gs.load({loaded})\nprompt = {text}"
+    return f"import gemmascope as gs\nmodel = gs.load({', '.join([repr(cfg.model_name), *given])})"
+
+
+def _setup(model, prompt: str | list[int]) -> str:
+    if isinstance(prompt, str):
+        return f"{loading(model)}\nprompt = {prompt!r}"
+    return f"import torch\n{loading(model)}\nprompt = torch.tensor({[prompt]})"
