@@ -8,7 +8,12 @@ import { view } from "./view.js";
 
 const MAX_LOG = 50;
 const BENCH_SITES = { attn: "hook_attn_out", head: "attn.hook_z", mlp: "hook_mlp_out", dense: "hook_dense_out" };
-Object.assign(BENCH_SITES, { moe: "hook_moe_out", expert: "moe.router.hook_logits", neuron: "mlp.hook_post", ple: "hook_ple_out" });
+Object.assign(BENCH_SITES, {
+  moe: "hook_moe_out",
+  expert: "moe.router.hook_logits",
+  neuron: "mlp.hook_post",
+  ple: "hook_ple_out",
+});
 const NO_ABLATION = { on: [], kind: "zero", experts: "reroute", donor: 0 };
 const chosenOf = ({ on, kind, experts, donor }) => ({ on, kind, experts, donor });
 
@@ -98,7 +103,8 @@ export const ablationBench = view({
 
     // Figures at the position
     const row = () => at() % block;
-    const first = (run) => likeliestTokens(effect, effect.texts, row(), Infinity).reduce((a, b) => (b.p[run] > a.p[run] ? b : a));
+    const first = (run) =>
+      likeliestTokens(effect, effect.texts, row(), Infinity).reduce((a, b) => (b.p[run] > a.p[run] ? b : a));
     const ends = (of) => (of ? [0, 1].map((run) => of.values[run * n + at()]) : null);
     const clean = (x) => (Number.isFinite(x) ? x : null);
     function figures() {
@@ -114,13 +120,18 @@ export const ablationBench = view({
     const facts = h("dl", { className: "facts" });
     function drawFacts() {
       const { kl, loss, difference } = figures();
-      const by = ([before, after]) => (before === null || after === null ? "" : ` (${after < before ? "−" : "+"}${fixed(Math.abs(after - before), 4)})`);
+      const by = ([before, after]) =>
+        before === null || after === null
+          ? ""
+          : ` (${after < before ? "−" : "+"}${fixed(Math.abs(after - before), 4)})`;
       const told = [
         ["KL(before ‖ after)", `${fixed(kl, 4)} nats`],
         ["loss on the prompt", `${changed(loss, 4)} nats${by(loss)}`],
         ...(difference ? [[pairName, `${changed(difference, 3)}`]] : []),
       ];
-      facts.replaceChildren(...told.map(([name, value]) => h("div", {}, h("dt", { dir: "auto" }, name), h("dd", {}, value))));
+      facts.replaceChildren(
+        ...told.map(([name, value]) => h("div", {}, h("dt", { dir: "auto" }, name), h("dd", {}, value))),
+      );
     }
 
     // The prompt, coloured by what the ablation does at each position
@@ -131,7 +142,11 @@ export const ablationBench = view({
         h("span", { className: "text", dir: "auto" }, shown(text)),
       ),
     );
-    const strip = h("div", { className: "strip", role: "grid", tabIndex: 0, ariaLabel: "Prompt, by KL" }, h("div", { role: "row" }, ...chips));
+    const strip = h(
+      "div",
+      { className: "strip", role: "grid", tabIndex: 0, ariaLabel: "Prompt, by KL" },
+      h("div", { role: "row" }, ...chips),
+    );
     const legend = h("div", { className: "legend" });
     const goPos = (pos) => v.select({ pos: clamp(pos, 0, n - 1) });
     onKeys(strip, (columns, lines) => goPos(at() + columns + (Math.abs(lines) === Infinity ? lines : lines * 10)));
@@ -217,7 +232,12 @@ export const ablationBench = view({
       return h("label", { title: why || `${kind} ablation` }, radio, " ", kind);
     };
     const radios = Object.keys(kinds).map(kindOf);
-    const donorChoice = choice("from", donors.map((text, i) => [String(i), `${i} ${shown(text)}`]), "0", (i) => stage({ donor: Number(i) }));
+    const donorChoice = choice(
+      "from",
+      donors.map((text, i) => [String(i), `${i} ${shown(text)}`]),
+      "0",
+      (i) => stage({ donor: Number(i) }),
+    );
     const expertChoice = choice(
       "in an expert's place",
       [
@@ -262,7 +282,13 @@ export const ablationBench = view({
       commitButton.textContent = running ? "Running …" : "Commit";
       // Not `disabled`: a button that is would lose the focus, and with it the keys.
       commitButton.ariaDisabled = String(running || v.page || !ready);
-      commitButton.title = fixedPage || (running ? "The model runs: wait for it" : ready ? "Run the model (Ctrl+Enter)" : "Nothing was switched since the last commit");
+      commitButton.title =
+        fixedPage ||
+        (running
+          ? "The model runs: wait for it"
+          : ready
+            ? "Run the model (Ctrl+Enter)"
+            : "Nothing was switched since the last commit");
       undoButton.ariaDisabled = String(running || v.page || state.at < 0);
       redoButton.ariaDisabled = String(running || v.page || state.at >= state.log.length - 1);
       clearButton.ariaDisabled = String(v.page || !state.on.length);
@@ -274,7 +300,8 @@ export const ablationBench = view({
     const setName = h("input", { type: "text", maxLength: 60, ariaLabel: "Name of the set", placeholder: "name" });
     const saveSet = () => {
       const name = setName.value.trim();
-      if (!name || !v.state.on.length) return v.say(name ? "Nothing is off: switch something off to save it." : "Give the set a name.");
+      if (!name || !v.state.on.length)
+        return v.say(name ? "Nothing is off: switch something off to save it." : "Give the set a name.");
       setName.value = "";
       v.keep({ sets: { ...v.state.sets, [name]: v.state.on } });
     };
@@ -316,7 +343,12 @@ export const ablationBench = view({
       const option = (texts, i) =>
         h(
           "div",
-          { role: "option", id: v.id("log", i), ariaSelected: String(i === current), title: texts.filter(Boolean).join("; ") },
+          {
+            role: "option",
+            id: v.id("log", i),
+            ariaSelected: String(i === current),
+            title: texts.filter(Boolean).join("; "),
+          },
           ...[i + 1, ...texts].map((text) => h("span", { dir: "auto" }, String(text))),
         );
       logList.replaceChildren(option(["as it is"], -1), ...log.map((entry, i) => option(entryText(entry), i)));
@@ -327,7 +359,15 @@ export const ablationBench = view({
 
     const left = h("div", { className: "panel" }, grid.el, neurons, sets);
     const right = h("div", { className: "panel" }, facts, bars.el);
-    v.body.append(settings, actions, h("div", { className: "bench" }, left, right), legend, strip, h("h4", {}, "Log"), logList);
+    v.body.append(
+      settings,
+      actions,
+      h("div", { className: "bench" }, left, right),
+      legend,
+      strip,
+      h("h4", {}, "Log"),
+      logList,
+    );
 
     function drawEffect() {
       const question = questionOf(committed());
@@ -383,24 +423,46 @@ export const ablationBench = view({
           print('f"{(p.exp() * (p - q)).sum():.4f}"', `KL(before || after) ${fixed(kl, 4)} nats`),
           ...(n > 1
             ? [
-                "losses = [model(prompt, interventions=edits, return_type=\"loss\") for edits in ([], interventions)]",
-                print('f"{losses[0]:.4f} -> {losses[1]:.4f}"', `loss ${fixed(loss[0], 4)} -> ${fixed(loss[1], 4)} nats`),
+                'losses = [model(prompt, interventions=edits, return_type="loss") for edits in ([], interventions)]',
+                print(
+                  'f"{losses[0]:.4f} -> {losses[1]:.4f}"',
+                  `loss ${fixed(loss[0], 4)} -> ${fixed(loss[1], 4)} nats`,
+                ),
               ]
             : []),
           ...(difference
             ? [
                 `right, wrong = ${pair.map(({ id }) => id).join(", ")}`,
                 "differences = [(run[0, pos, right] - run[0, pos, wrong]).item() for run in (before, logits)]",
-                print('f"{differences[0]:.3f} -> {differences[1]:.3f}"', `logit difference ${difference.map((x) => fixed(x, 3)).join(" -> ")}`),
+                print(
+                  'f"{differences[0]:.3f} -> {differences[1]:.3f}"',
+                  `logit difference ${difference.map((x) => fixed(x, 3)).join(" -> ")}`,
+                ),
               ]
             : []),
           ...top.map(({ id, text, p }) =>
-            print(`f"{p[${id}].exp():.4f} -> {q[${id}].exp():.4f}"`, `${shown(text).slice(0, 40)} ${p.map((x) => fixed(x, 4)).join(" -> ")}`),
+            print(
+              `f"{p[${id}].exp():.4f} -> {q[${id}].exp():.4f}"`,
+              `${shown(text).slice(0, 40)} ${p.map((x) => fixed(x, 4)).join(" -> ")}`,
+            ),
           ),
         ].join("\n");
       },
       table: () => ({
-        columns: ["off", "kind", "pos", "KL (nats)", "loss before", "loss after", "difference before", "difference after", "first before", "p", "first after", "p"],
+        columns: [
+          "off",
+          "kind",
+          "pos",
+          "KL (nats)",
+          "loss before",
+          "loss after",
+          "difference before",
+          "difference after",
+          "first before",
+          "p",
+          "first after",
+          "p",
+        ],
         rows: v.state.log.map((entry) => [
           namesOf(entry.on),
           entry.kind,

@@ -60,7 +60,11 @@ export function benchSwitches(v, { flip, move, fold }) {
     const whole = parts.map((what) => cell("", one([what, layer, null], BENCH_SHORT[what])));
     const units = groups.map(([what, count]) =>
       open
-        ? h("span", { className: "units", role: "presentation" }, ...range(count).map((i) => cell("", one([what, layer, i], i))))
+        ? h(
+            "span",
+            { className: "units", role: "presentation" },
+            ...range(count).map((i) => cell("", one([what, layer, i], i))),
+          )
         : cell("units folded", `${count} ${names[what]}s`),
     );
     return h("div", { className: "line", role: "row" }, h("span", { role: "rowheader" }, label), ...whole, ...units);
