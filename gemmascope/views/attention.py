@@ -46,8 +46,8 @@ def attention_view(
         gs.attention_view(model, "The capital of France is", compare="The capital of Italy is")
 
     Args:
-        prompt: text, token ids, or a cache of one prompt: of a prompt of over 1,024 tokens, one with
-            "hook_rot_q" and "hook_rot_k" of every layer.
+        prompt: text, token ids, or a cache of one prompt. For a very long one, a cache of every layer's hook_rot_q and
+            hook_rot_k, run with return_type=None, holds all that is needed.
         compare: another prompt of as many tokens, whose attention can be taken away from this one's.
         selection: the Selection to follow, to link it with other views.
         state: see AttentionView.
@@ -116,7 +116,7 @@ def _exported(view: AttentionView) -> Iterator[tuple[str, dict[str, int]]]:
             if n <= LONG:
                 yield "map", {"of": of, "layer": layer, "head": head}
                 continue
-            z = page_level(n)
+            z = _page_level(n)
             side = -(-n // (TILE << z))
             yield from (
                 ("tile", {"of": of, "layer": layer, "head": head, "z": z, "x": x, "y": y})
@@ -127,7 +127,7 @@ def _exported(view: AttentionView) -> Iterator[tuple[str, dict[str, int]]]:
         yield from (("scores", {"of": 0, "layer": layer}) for layer in range(len(layers)))
 
 
-def page_level(n: int) -> int:
+def _page_level(n: int) -> int:
     """The level of tiles that an exported page of a long prompt holds: at most LONG cells along a side."""
     return (-(-n // LONG) - 1).bit_length()
 
@@ -205,10 +205,9 @@ class _Attention:
             return {"codes": _pooled_codes(found[None], (1 << z) // self.block)[0]}
         return {"codes": codes(array(_pooled(stream.weights(head, rows, keys), 1 << z)))}
 
-    def band(self, layer: int, head: int) -> dict[str, Any]:
-        """A sliding head's map by distance [query, query - key], both in blocks of `rows` and `columns` of a long
-        prompt; NaN, a missing code, before the first token."""
-        window = min(self.windows[layer], self.n)
+    def band(self, layer: int, head: int, window: int) -> dict[str, Any]:
+        """A head's map by distance up to `window`, [query, query - key], of a long prompt; a cell is the largest weight
+        of `rows` queries and `columns` distances."""
         rows, columns = (_power_of_two(size / LONG) for size in (self.n, window))
         stream, step = self._stream(layer), rows * max(1, TILE // rows)
         parts = []

@@ -40,7 +40,7 @@ export function attentionPool(map, byRow, byColumn) {
 /** a - b as codes: the middle one is no difference. */
 export function attentionDifference(a, b) {
   const codes = a.codes.map((code, i) =>
-    code === MISSING || b.codes[i] === MISSING ? MISSING : (LEVELS + code - b.codes[i]) >> 1,
+    code === MISSING || b.codes[i] === MISSING ? MISSING : (LEVELS + 1 + code - b.codes[i]) >> 1,
   );
   return { ...a, codes };
 }

@@ -24,7 +24,13 @@ export function attentionHeads(v, { pick, came, others }) {
     const name = `layer ${layer} head ${head}`;
     const canvas = h("canvas", { ariaHidden: "true" });
     const words = h("small", { hidden: true });
-    const cell = h("div", { className: "thumb", role: "gridcell", id: v.id("head", layer, head), title: name, ariaLabel: name });
+    const cell = h("div", {
+      className: "thumb",
+      role: "gridcell",
+      id: v.id("head", layer, head),
+      title: name,
+      ariaLabel: name,
+    });
     cell.append(canvas, words);
     [cell.dataset.layer, cell.dataset.head] = [layer, head];
     return { cell, canvas, words };
@@ -50,7 +56,7 @@ export function attentionHeads(v, { pick, came, others }) {
   let asking = false;
   const wanted = () => {
     const prompts = look?.prompts ?? [0];
-    const first = chosen ? [chosen[0]] : [];
+    const first = [chosen, pinned].filter(Boolean).map(([layer]) => layer);
     for (const layer of [...first, ...[...insight].sort((a, b) => a - b)])
       for (const of of prompts) {
         const { parts, failed } = small[of][layer];
@@ -110,28 +116,40 @@ export function attentionHeads(v, { pick, came, others }) {
     const row = (layer, l) => {
       const size = count / layer.kv_heads;
       const groups = range(layer.kv_heads).map((g) =>
-        h(
-          "div",
-          { className: "group", role: "presentation" },
-          ...range(size).map((i) => thumbs[l][g * size + i].cell),
-        ),
+        h("div", { className: "group", role: "presentation" }, ...range(size).map((i) => thumbs[l][g * size + i].cell)),
       );
       const source = layer.kv_source === null ? [] : [h("small", {}, `K, V: layer ${layer.kv_source}`)];
-      const label = h("div", { className: "label", role: "rowheader" }, `layer ${l}`, h("small", {}, attentionKind(layer)), ...source);
+      const label = h(
+        "div",
+        { className: "label", role: "rowheader" },
+        `layer ${l}`,
+        h("small", {}, attentionKind(layer)),
+        ...source,
+      );
       return h("div", { className: "row", role: "row" }, label, ...groups);
     };
     const names = range(count).map((i) => h("span", {}, String(i)));
-    const head = h("div", { className: "row names", ariaHidden: "true" }, h("div", { className: "label" }, "head"), ...names);
+    const head = h(
+      "div",
+      { className: "row names", ariaHidden: "true" },
+      h("div", { className: "label" }, "head"),
+      ...names,
+    );
     places = layers.map((_, l) => range(count).map((i) => [l, i]));
     el.replaceChildren(head, ...layers.map(row));
   }
   function sorted(scores, room) {
     const score = ([l, i]) => scores[l][i];
     const order = layers.flatMap((_, l) => range(count).map((i) => [l, i]));
-    order.sort((a, b) => (Number.isFinite(score(b)) ? score(b) : -Infinity) - (Number.isFinite(score(a)) ? score(a) : -Infinity) || 0);
+    order.sort(
+      (a, b) =>
+        (Number.isFinite(score(b)) ? score(b) : -Infinity) - (Number.isFinite(score(a)) ? score(a) : -Infinity) || 0,
+    );
     const columns = Math.max(1, Math.floor(room / (look.size + 4)));
     places = range(Math.ceil(order.length / columns)).map((r) => order.slice(r * columns, (r + 1) * columns));
-    const rows = places.map((row) => h("div", { className: "row", role: "row" }, ...row.map(([l, i]) => thumbs[l][i].cell)));
+    const rows = places.map((row) =>
+      h("div", { className: "row", role: "row" }, ...row.map(([l, i]) => thumbs[l][i].cell)),
+    );
     el.replaceChildren(...rows);
   }
 
@@ -155,7 +173,9 @@ export function attentionHeads(v, { pick, came, others }) {
       for (const [l, row] of thumbs.entries())
         for (const [i, { cell, words }] of row.entries()) {
           words.hidden = !scores;
-          words.textContent = scores ? `L${l} H${i}\n${Number.isFinite(scores[l][i]) ? scores[l][i].toFixed(2) : "–"}` : "";
+          words.textContent = scores
+            ? `L${l} H${i}\n${Number.isFinite(scores[l][i]) ? scores[l][i].toFixed(2) : "–"}`
+            : "";
           cell.classList.toggle("pinned", pinned?.[0] === l && pinned?.[1] === i);
         }
       for (const l of range(layers.length)) drawLayer(l);

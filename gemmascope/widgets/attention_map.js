@@ -41,9 +41,11 @@ export function attentionMap(v, { name, pick, peek, moved, others }) {
   function measure() {
     const room = Math.max(48, Math.min(el.clientWidth - MAP_GUTTER - MAP_MARGIN - 4, 760));
     const { rows, columns, square } = shown;
+    // Whole pixels a block keep blocks alike, unless that leaves much of the room empty.
     const fitted = (count, space, most) => {
       const block = 2 ** Math.max(0, Math.ceil(Math.log2(count / space)));
-      return Math.round((count / block) * clamp(Math.floor(space / Math.ceil(count / block)), 1, most));
+      const alike = Math.round((count / block) * clamp(Math.floor(space / Math.ceil(count / block)), 1, most));
+      return block > 1 && alike < 0.8 * space ? space : alike;
     };
     const width = fitted(columns, room, MAP_CELL);
     area = { width, height: square ? width : fitted(rows, 560, 20), fit: square ? columns : rows };
@@ -159,7 +161,10 @@ export function attentionMap(v, { name, pick, peek, moved, others }) {
     attentionImage(map, shown.colours, v.theme.unseen, (r, c) => shown.seen(top + r, left + c, block));
   function drawTiles(ctx) {
     const { top, left, wide, high } = sight();
-    const [bottom, right] = [Math.min(shown.rows, top + area.height / high), Math.min(shown.columns, left + area.width / wide)];
+    const [bottom, right] = [
+      Math.min(shown.rows, top + area.height / high),
+      Math.min(shown.columns, left + area.width / wide),
+    ];
     const put = (image, row, column, [r, c]) =>
       ctx.drawImage(
         image,
@@ -242,9 +247,12 @@ export function attentionMap(v, { name, pick, peek, moved, others }) {
     }
     drawTiles(ctx);
     const at = hover ?? shown.at;
-    ctx.strokeStyle = v.theme.ink;
-    ctx.strokeRect(MAP_GUTTER - 0.5, MAP_GUTTER + (shown.at.row - top) * high - 0.5, width + 1, high + 1);
-    ctx.lineWidth = 2;
+    [ctx.strokeStyle, ctx.fillStyle] = [v.theme.ink, v.theme.ink];
+    const down = MAP_GUTTER + (shown.at.row - top) * high;
+    ctx.globalAlpha = high < 4 ? 0.4 : 1;
+    if (high < 4) ctx.fillRect(MAP_GUTTER, down, width, Math.max(1, high));
+    else ctx.strokeRect(MAP_GUTTER - 0.5, down - 0.5, width + 1, high + 1);
+    [ctx.globalAlpha, ctx.lineWidth] = [1, 2];
     const [x, y] = [MAP_GUTTER + (at.column - left) * wide, MAP_GUTTER + (at.row - top) * high];
     ctx.strokeRect(x - 1, y - 1, Math.max(wide, 4) + 2, Math.max(high, 4) + 2);
     ctx.restore();

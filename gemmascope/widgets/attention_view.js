@@ -1,14 +1,14 @@
 // What each head reads: thumbnails of all heads, one large map, and the numbers of one query and one key.
 
-import { ATTENTION_SCALES, attentionBand, attentionChange, attentionCut, attentionDifference, attentionPool, attentionSeen, attentionSigned, attentionTop } from "./attention_codes.js";
+import { ATTENTION_SCALES, attentionChange, attentionSeen, attentionSigned, attentionTop } from "./attention_codes.js";
 import { attentionHeads, attentionKind } from "./attention_heads.js";
 import { ATTENTION_TILE, attentionMap } from "./attention_map.js";
-import { clamp, decoded, missing, number, place, plural, range, shown } from "./numbers.js";
+import { attentionSource, nothingToSee } from "./attention_source.js";
+import { clamp, decoded, number, place, plural, range, shown } from "./numbers.js";
 import { barList, button, choice, codeColours, h, scale } from "./parts.js";
 import { view } from "./view.js";
 
 const ATTENTION_LISTED = 8;
-const ATTENTION_KEPT = 512;
 
 export const attentionView = view({
   name: "Attention",
@@ -27,7 +27,11 @@ export const attentionView = view({
     const at = (pos, of = 0) => `${pos} ${short(shown((of ? other : tokens)[pos]))}`;
     const here = () => {
       const { layer, head, pos } = v.now;
-      return { layer: place(layer, layers.length, start[0]), head: place(head, count, start[1]), pos: place(pos, n, n - 1) };
+      return {
+        layer: place(layer, layers.length, start[0]),
+        head: place(head, count, start[1]),
+        pos: place(pos, n, n - 1),
+      };
     };
     /** What the map is compared with, if anything. */
     const reference = ({ layer, head }) => {
@@ -37,25 +41,13 @@ export const attentionView = view({
     const sees = (layer, q, k) => attentionSeen(q, k, 1, n, layers[layer].window);
     const banded = (layer) => v.state.band && layers[layer].window !== null;
 
-    // What the kernel knows, as far as it is looked at.
-    function need(question, args) {
-      const answer = v.recall(question, args);
-      if (!answer) v.show(question, args, () => v.refresh());
-      return answer;
-    }
-    const asMap = ({ shape: [rows, columns], values }) => ({ rows, columns, codes: values });
-    const mapOf = (which) => {
-      const answer = need("map", which);
-      return answer && asMap(answer.codes);
-    };
-    /** The weights of the selected query, exact, or as good as a page's map has them; null until they are there. */
-    function weights(question, which, i) {
-      if (!v.page) return need(question, { ...which, [question === "row" ? "pos" : "key"]: i })?.weights.values ?? null;
-      const map = data.tile ? null : v.recall("map", which);
-      if (!map) return null;
-      const codes = map.codes.values;
-      return Float32Array.from(range(n), (j) => decoded(codes[question === "row" ? i * n + j : j * n + i], 0, 1));
-    }
+    const { weights, sourceOf } = attentionSource(v, {
+      reference,
+      banded,
+      complete: (of, layer) => heads.complete(of, layer),
+      came: () => map.draw(), // which asks for what is missing now
+    });
+    let source = nothingToSee; // of the map as it was drawn last
     function compared(question, now, i) {
       // One question after the other: of each kind, only the latest is answered.
       const base = weights(question, { of: 0, layer: now.layer, head: now.head }, i);
@@ -65,82 +57,6 @@ export const attentionView = view({
       return minus && { base, away: minus, values: base.map((x, j) => x - minus[j]) };
     }
 
-    // Tiles of a long prompt, one asked at a time; of those that wait, only what is still looked at.
-    const tiles = new Map();
-    let [queue, loading] = [[], null];
-    const tileKey = (which, [z, x, y]) => JSON.stringify([which.of, which.layer, which.head, z, x, y]);
-    const tileOf = (which, level) => {
-      const key = tileKey(which, level);
-      const found = tiles.get(key);
-      if (found) tiles.delete(key), tiles.set(key, found);
-      return found || null;
-    };
-    async function load() {
-      const next = queue[0];
-      const key = next ? tileKey(...next) : null;
-      if (loading) {
-        if (!queue.some((each) => tileKey(...each) === loading.key)) loading.stop.abort();
-        return;
-      }
-      if (!next) return;
-      const stop = new AbortController();
-      loading = { key, stop };
-      const [which, [z, x, y]] = next;
-      const answer = await v.run("tile", { ...which, z, x, y }, stop.signal);
-      loading = null;
-      if (answer || !stop.signal.aborted) tiles.set(key, answer ? asMap(answer.codes) : false);
-      if (tiles.size > ATTENTION_KEPT) tiles.delete(tiles.keys().next().value);
-      if (!v.signal.aborted) map.draw(); // which asks for what is missing now
-    }
-    const levels = data.tile ? range(Math.ceil(Math.log2(n / ATTENTION_TILE)) + 1) : [];
-    /** What a layer is read into first holds the coarser tiles; finer ones need only their own rows. */
-    const ready = ({ of, layer }, z) => heads.complete(of, layer) || (ATTENTION_TILE << z) * 16 <= n;
-
-    // Where the large map's codes come from: { key, blocks, tile, want }.
-    const local = (key, map, byColumn) => {
-      const pooled = range(12).map(() => null);
-      const level = (z) => (pooled[z] ??= attentionPool(map, 2 ** z, byColumn ? 2 ** z : 1));
-      const [rows, columns] = [map.block?.[0] ?? 1, map.block?.[1] ?? 1];
-      const blocks = range(12).map((z) => [rows * 2 ** z, columns * (byColumn ? 2 ** z : 1)]);
-      const tile = (z, x, y) => attentionCut(level(z), y * ATTENTION_TILE, x * ATTENTION_TILE, ATTENTION_TILE, ATTENTION_TILE);
-      return { key, blocks, tile, want: () => {}, map };
-    };
-    let source = null;
-    function sourceOf(now) {
-      const base = { of: 0, layer: now.layer, head: now.head };
-      const away = reference(now);
-      const band = banded(now.layer);
-      const key = JSON.stringify([base, away, band]);
-      if (source?.key === key) return source;
-      const both = (make) => {
-        const one = make(base);
-        const two = one && away ? make(away) : null;
-        if (!one || (away && !two)) return null;
-        return away ? { ...one, ...attentionDifference(one, two) } : one;
-      };
-      if (data.tile && !band) {
-        const whole = [base, ...(away ? [away] : [])];
-        const tile = (z, x, y) => both((which) => tileOf(which, [z, x, y]));
-        const want = (missed) => {
-          const asked = missed.flatMap((each) => whole.filter((which) => ready(which, each[0])).map((which) => [which, each]));
-          queue = asked.filter((each) => !tiles.has(tileKey(...each)));
-          load();
-        };
-        source = { key, blocks: levels.map((z) => [2 ** z, 2 ** z]), tile, want, map: null };
-        return source;
-      }
-      const window = Math.min(layers[now.layer].window ?? n, n);
-      const found = both((which) => {
-        if (!band) return mapOf(which);
-        if (!data.tile) return mapOf(which) && attentionBand(mapOf(which), window);
-        const answer = need("band", which);
-        return answer && { ...asMap(answer.codes), block: [answer.rows, answer.columns] };
-      });
-      if (found) source = local(key, found, !band);
-      return found ? source : null;
-    }
-    const nothing = { key: "nothing", blocks: [[1, 1]], tile: () => null, want: () => {}, map: null };
-
     // The parts on the page.
     const step = (byLayer, byHead) => {
       const { layer, head } = here();
@@ -149,9 +65,16 @@ export const attentionView = view({
     const pin = () => {
       const { layer, head } = here();
       const same = v.state.pinned?.[0] === layer && v.state.pinned?.[1] === head;
-      v.keep(same ? { pinned: null, minus: v.state.minus === "pinned" ? null : v.state.minus } : { pinned: [layer, head] });
+      v.keep(
+        same ? { pinned: null, minus: v.state.minus === "pinned" ? null : v.state.minus } : { pinned: [layer, head] },
+      );
     };
-    const turn = { PageUp: () => step(-1, 0), PageDown: () => step(1, 0), "[": () => step(0, -1), "]": () => step(0, 1) };
+    const turn = {
+      PageUp: () => step(-1, 0),
+      PageDown: () => step(1, 0),
+      "[": () => step(0, -1),
+      "]": () => step(0, 1),
+    };
     const heads = attentionHeads(v, {
       pick: (layer, head) => v.select({ layer, head }),
       came: (layer) => (layer === here().layer || layer === v.state.pinned?.[0]) && v.refresh(),
@@ -189,12 +112,29 @@ export const attentionView = view({
     const sorts = choice("sort heads by", ["layer", ...scores.map(({ name }) => name)], "layer", (chosen) =>
       v.keep({ sort: chosen === "layer" ? null : chosen }),
     );
-    const shows = choice("show", [["", "attention"], ["prompt", "minus the other prompt"], ["pinned", "minus the pinned head"]], "", (chosen) =>
-      v.keep({ minus: chosen || null }),
+    const shows = choice(
+      "show",
+      [
+        ["", "attention"],
+        ["prompt", "minus the other prompt"],
+        ["pinned", "minus the pinned head"],
+      ],
+      "",
+      (chosen) => v.keep({ minus: chosen || null }),
     );
     const pinning = button("Pin this head", pin);
-    const band = button("Band", () => v.keep({ band: !v.state.band, zoom: null }), { title: "Sliding layers by distance to the key" });
-    const controls = h("div", { className: "controls" }, shows, pinning, scales, ...(scores.length ? [sorts] : []), band);
+    const band = button("Band", () => v.keep({ band: !v.state.band, zoom: null }), {
+      title: "Sliding layers by distance to the key",
+    });
+    const controls = h(
+      "div",
+      { className: "controls" },
+      shows,
+      pinning,
+      scales,
+      ...(scores.length ? [sorts] : []),
+      band,
+    );
     const zooms = h(
       "div",
       { className: "tools" },
@@ -203,11 +143,22 @@ export const attentionView = view({
       button("All", () => map.whole(), { ariaLabel: "Show the whole map" }),
     );
     const mapHead = h("div", { className: "maphead" }, mapTitle, zooms);
-    const lists = h("div", { className: "lists" }, h("div", {}, readsTitle, reads.el), h("div", {}, readByTitle, readBy.el));
+    const lists = h(
+      "div",
+      { className: "lists" },
+      h("div", {}, readsTitle, reads.el),
+      h("div", {}, readByTitle, readBy.el),
+    );
     v.body.append(
       controls,
       legend,
-      h("div", { className: "attention-view" }, heads.el, h("div", { className: "mapside" }, mapHead, map.el, mapNote), lists),
+      h(
+        "div",
+        { className: "attention-view" },
+        heads.el,
+        h("div", { className: "mapside" }, mapHead, map.el, mapNote),
+        lists,
+      ),
     );
 
     // Scores, asked for when somebody sorts by one: [layer][head] of each.
@@ -227,7 +178,7 @@ export const attentionView = view({
     function sortedBy() {
       const which = scores.findIndex(({ name }) => name === v.state.sort);
       if (which < 0) return null;
-      if (scored.length < layers.length) return score(), null;
+      if (scored.length < layers.length) return (score(), null);
       return scored.map((layer) => range(count).map((head) => layer[head * scores.length + which]));
     }
     let colours; // of the map: { plain, change }
@@ -245,30 +196,31 @@ export const attentionView = view({
       return attentionTop(row?.values ?? [], 1)[0] ?? here().pos;
     }
     const hiddenBecause = (layer, q, k) => (sees(layer, q, k) ? "" : k > q ? "not yet written" : "outside the window");
-    const exactness = v.page ? " (±0.002)" : "";
-    const value = (x) => (Number.isNaN(x) ? "no number" : number(x) + exactness);
+    const value = (x, off = 0) => (Number.isFinite(x) ? number(x) + (off ? ` (±${off})` : "") : "no number");
+    const off = v.page ? 0.002 : 0; // of a weight that a page reads from its map
     const named = ({ layer, head }) => `layer ${layer} head ${head}`;
     const head = (now, q, k) => `${named(now)}: ${at(q)} reads ${at(k)}: `;
     function sentence(now, k, row) {
       const hidden = hiddenBecause(now.layer, now.pos, k);
       const away = reference(now);
       if (hidden && !away) return head(now, now.pos, k) + hidden;
-      if (!row) return head(now, now.pos, k) + coded(now.pos, k);
-      if (!away) return head(now, now.pos, k) + value(row.base[k]);
+      if (!row) return head(now, now.pos, k) + (v.page ? coded(now.pos, k) : "…");
+      if (!away) return head(now, now.pos, k) + value(row.base[k], off);
       const from = away.of ? `other prompt (${at(now.pos, 1)} reads ${at(k, 1)})` : named(away);
-      return `${head(now, now.pos, k)}${value(row.base[k])}; ${from}: ${value(row.away[k])}; difference ${value(row.values[k])}`;
+      const [base, minus, change] = [value(row.base[k], off), value(row.away[k], off), value(row.values[k], 2 * off)];
+      return `${head(now, now.pos, k)}${base}; ${from}: ${minus}; difference ${change}`;
     }
     /** What the finest tile at hand says of a place. */
     function coded(q, k) {
       const [row, column] = banded(here().layer) ? [q, q - k] : [q, k];
-      for (const [z, [r, c]] of (source?.blocks ?? []).entries()) {
+      for (const [level, [r, c]] of source.blocks.entries()) {
         const [y, x] = [Math.floor(row / r), Math.floor(column / c)];
         const [down, right] = [Math.floor(y / ATTENTION_TILE), Math.floor(x / ATTENTION_TILE)];
-        const tile = source.tile(z, right, down);
+        const tile = source.tile(level, right, down);
         if (!tile) continue;
         const code = tile.codes[(y - down * ATTENTION_TILE) * tile.columns + x - right * ATTENTION_TILE];
         const change = reference(here());
-        const found = value(change ? attentionChange(code) : decoded(code, 0, 1));
+        const found = change ? value(attentionChange(code), 0.008) : value(decoded(code, 0, 1), 0.002);
         const words = change ? "difference " : "";
         return r * c === 1 ? words + found : `${words}at most ${found} in its block of ${r} × ${c}`;
       }
@@ -283,22 +235,35 @@ export const attentionView = view({
 
     function drawLegend() {
       const { words, curve, ticks } = ATTENTION_SCALES[v.state.scale];
-      const none = source?.map ? source.map.codes.reduce((sum, code) => sum + (code === 255), 0) : 0;
+      const none = source.map ? source.map.codes.reduce((sum, code) => sum + (code === 255), 0) : 0;
       const signed = attentionSigned(curve);
       const entries = Object.entries(ticks).map(([t, text]) => [Number(t), text]);
-      const both = entries.filter(([t]) => t === 1 || (curve(t) > 0.3 && curve(t) < 0.6)).flatMap(([t, text]) => [[signed(t), text], [signed(-t), `−${text}`]]);
+      const both = entries
+        .filter(([t]) => t === 1 || (curve(t) > 0.3 && curve(t) < 0.6))
+        .flatMap(([t, text]) => [
+          [signed(t), text],
+          [signed(-t), `−${text}`],
+        ]);
       const bar = v.state.minus
         ? scale("diverging", `difference of weights, ${words}`, Object.fromEntries([[0.5, "0"], ...both]))
         : scale("attention", `weight, ${words}`, Object.fromEntries(entries.map(([t, text]) => [curve(t), text])));
       const marks = [h("span", {}, h("i", { className: "unseen" }), " out of sight")];
-      if (none) marks.push(h("span", {}, h("i", { className: "missing" }), ` ${plural(none, "weight")} that ${none === 1 ? "is no number" : "are no numbers"}`));
+      if (none)
+        marks.push(
+          h(
+            "span",
+            {},
+            h("i", { className: "missing" }),
+            ` ${plural(none, "weight")} that ${none === 1 ? "is no number" : "are no numbers"}`,
+          ),
+        );
       legend.replaceChildren(bar, ...marks);
       legend.dataset.of = legendKey();
     }
-    const legendKey = () => `${source?.key} ${v.state.scale} ${v.state.minus} ${v.theme.ink}`;
+    const legendKey = () => `${source.key} ${v.state.scale} ${v.state.minus} ${v.theme.ink}`;
 
     function drawMap(now, row, column, k) {
-      const found = sourceOf(now) ?? nothing;
+      source = sourceOf(now) ?? nothingToSee;
       const isBand = banded(now.layer);
       const window = Math.min(layers[now.layer].window ?? n, n);
       const away = reference(now);
@@ -309,7 +274,7 @@ export const attentionView = view({
       const turned = (values) => values && Float32Array.from(range(window), (back) => values[now.pos - back] ?? 0);
       const coarse = !isBand && (!away || away.of) ? heads.coarse(now.layer, now.head) : null;
       map.show({
-        key: found.key,
+        key: source.key,
         rows: n,
         columns: isBand ? window : n,
         square: !isBand,
@@ -317,11 +282,13 @@ export const attentionView = view({
         columnName: (i) => (isBand ? (i ? `${i} back` : "itself") : at(i)),
         at: { row: now.pos, column: isBand ? clamp(now.pos - k, 0, window - 1) : k },
         sentence: sentence(now, k, row),
-        blocks: found.blocks,
-        tile: found.tile,
-        want: found.want,
+        blocks: source.blocks,
+        tile: source.tile,
+        want: source.want,
         drawn: ([r, c]) => {
-          const told = [r * c > 1 ? `Each cell is the largest weight of ${r} × ${c} positions; zoom in for single ones.` : ""];
+          const told = [
+            r * c > 1 ? `Each cell is the largest weight of ${r} × ${c} positions; zoom in for single ones.` : "",
+          ];
           if (isBand) told.push("Across: how many positions back the key stands.");
           mapNote.textContent = told.filter(Boolean).join(" ");
         },
@@ -356,7 +323,8 @@ export const attentionView = view({
         scales.lastChild.value = chosen;
         sorts.lastChild.value = sort ?? "layer";
         shows.lastChild.value = minus ?? "";
-        for (const option of shows.lastChild.options) option.disabled = (option.value === "prompt" && !other) || (option.value === "pinned" && !pinned);
+        for (const option of shows.lastChild.options)
+          option.disabled = (option.value === "prompt" && !other) || (option.value === "pinned" && !pinned);
         band.ariaPressed = String(v.state.band);
         band.hidden = !layers.some(({ window }) => window !== null);
         map.reset();
@@ -371,13 +339,14 @@ export const attentionView = view({
         const row = compared("row", now, now.pos);
         const k = keyOf(row);
         // A column goes through every query, which a long prompt's layer must have been read for.
-        const column = !data.tile || heads.complete(0, now.layer) ? compared("column", now, k) : null;
+        const column = row && (!data.tile || heads.complete(0, now.layer)) ? compared("column", now, k) : null;
         drawMap(now, row, column, k);
         if (legend.dataset.of !== legendKey()) drawLegend();
         const away = reference(now);
         const minus = away ? ` minus ${away.of ? "the other prompt" : named(away)}` : "";
         mapTitle.textContent = `${named(now)}, ${attentionKind(layers[now.layer])}${minus}`;
         const pinnedHere = pinned?.[0] === now.layer && pinned?.[1] === now.head;
+        band.disabled = layers[now.layer].window === null;
         pinning.textContent = pinnedHere ? "Unpin this head" : "Pin this head";
         pinning.ariaPressed = String(pinnedHere);
         readsTitle.textContent = `${at(now.pos)} reads${minus && ", difference"}`;
@@ -394,7 +363,8 @@ export const attentionView = view({
         const now = here();
         const k = keyOf(compared("row", now, now.pos));
         const away = reference(now);
-        const where = ({ head: i }) => (data.tile ? `heads=${i}, rows=[${now.pos}])[0, 0, ${k}]` : `heads=${i})[0, ${now.pos}, ${k}]`);
+        const where = ({ head: i }) =>
+          data.tile ? `heads=${i}, rows=[${now.pos}])[0, 0, ${k}]` : `heads=${i})[0, ${now.pos}, ${k}]`;
         const lines = ["_, cache = model.run_with_cache(prompt)"];
         if (away?.of) lines.push(data.other_setup, "_, other = model.run_with_cache(other_prompt)");
         const minus = away ? ` - ${away.of ? "other" : "cache"}.pattern(${away.layer}, ${where(away)}` : "";
