@@ -1,6 +1,6 @@
 """Patching sweeps as a grid that fills in while it runs, and any finished sweep as one."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import zip_longest
 from typing import Any, NamedTuple
 
@@ -13,11 +13,11 @@ from gemmascope import ops
 from gemmascope.experiments.patching import PatchingSweep, aligned
 from gemmascope.experiments.sweep import Queue, unit_of
 from gemmascope.interventions import flat
-from gemmascope.metrics import Answer, answer_ids, kl_divergence, log_prob, logit_difference
+from gemmascope.metrics import Answer, answer_ids, kl_divergence, log_prob, logit_difference, measured
 from gemmascope.readout.prompts import names_of_tokens
 from gemmascope.results import Result
 from gemmascope.views.run import Run, array, run_of
-from gemmascope.widgets.base import Question, Selection
+from gemmascope.widgets.base import Selection
 from gemmascope.widgets.patch_grid import PatchGrid
 
 _SITES = ("resid_pre", "attn_out", "mlp_out", "z", "moe.hook_expert_out")
@@ -81,7 +81,7 @@ def patch_grid(
     first = {"site": site, "by": list(by), "direction": "denoising", "metric": next(iter(metrics))} | dict(state or {})
     sweeps.grid(**first)  # raises now what the page would say later
     answering = runs["clean"].answering
-    return PatchGrid(
+    view = PatchGrid(
         f"activation patching, {model.cfg.model_name}",
         lambda now: sweeps.result(**now),
         prompts={name: run.texts for name, run in runs.items()},
@@ -91,10 +91,11 @@ def patch_grid(
         setup=_setup(*runs.values()),
         call="" if pairs is None else ", positions=gs.aligned(model, clean, corrupted)",
         answers={question: answering(getattr(sweeps, question)) for question in ("grid", "cells", "cell")},
-        exported=sweeps.begun,
+        exported=lambda: [("grid", dict(view.state))],
         selection=selection,
         state=first,
     )
+    return view
 
 
 def result_view(result: Result, *, selection: Selection | None = None) -> PatchGrid:
@@ -152,7 +153,7 @@ class _Sweeps:
         best = probs.topk(min(TOP, probs.shape[1])).indices.unique()
         ids = best[probs[:, best].amax(0).argsort(descending=True)].tolist()
         return {
-            "value": float(base.metric(logits)[0]),
+            "value": float(measured(base.metric, logits)[0]),
             "ids": ids,
             "tokens": [str(text) for text in names_of_tokens(base.model, ids)],
             "probs": array(probs[:, ids]),
@@ -164,11 +165,6 @@ class _Sweeps:
         with self.runs["clean"].using():
             sweep, key = self._sweep(settings)
         return sweep.result(self.values[key].clone())
-
-    def begun(self) -> Iterator[Question]:
-        """The question of every sweep that was looked at."""
-        for site, by, direction, metric in self.values:
-            yield "grid", {"site": site, "by": list(by), "direction": direction, "metric": metric}
 
     def _sweep(self, settings: Mapping[str, Any]) -> tuple[PatchingSweep, tuple]:
         """The sweep, laid out, and its key."""
@@ -190,7 +186,7 @@ def _grid(result: Result) -> dict[str, Any]:
     """A sweep as a page draws it: `cell` [facet, row, column] is the number of a cell, -1 where there is none."""
     table, axes = result.table, result.pictured
     column = "recovered" if "recovered" in table else "value"
-    places, entries = zip(*(pandas.factorize(table[axis]) for axis in axes), strict=True)
+    places, entries = zip(*(pandas.factorize(table[axis], use_na_sentinel=False) for axis in axes), strict=True)
     cell = np.full([1] * (3 - len(axes)) + [len(one) for one in entries], -1, np.int32)
     cell[(*[0] * (3 - len(axes)), *places)] = np.arange(len(table))
     named = [
@@ -204,6 +200,7 @@ def _grid(result: Result) -> dict[str, Any]:
         "interval": array(torch.tensor(table[["low", "high"]].to_numpy())) if "low" in table else None,
         "unit": result.unit,
         "baselines": {name: float(figures.mean()) for name, figures in result.baselines.items()},
+        "based": result.base is not None,
         "shares": column == "recovered",
         "nothing": result.of_nothing(column),
     }

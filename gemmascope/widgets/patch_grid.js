@@ -53,9 +53,11 @@ export const patchGrid = view({
     const map = matrix(v, {
       name: "Cells of the sweep",
       pick: (row, column) => choose({ row, column }),
+      peek: (place) => v.say(sentence(place ?? {})),
       others: { Enter: () => again(), "[": () => turn(-1), "]": () => turn(1) },
     });
     map.canvas.addEventListener("click", () => again());
+    map.el.hidden = true;
     const legend = h("p", { className: "legend" });
     const heading = h("h4");
     const lines = h("p", { className: "figures" });
@@ -83,7 +85,7 @@ export const patchGrid = view({
     const label = (axis, i) => {
       const entry = axis.entries[i];
       if (axis.tokens[i] !== null) return `${entry} ${shown(axis.tokens[i])}`;
-      return typeof entry === "number" ? `${named(axis)} ${entry}` : shown(String(entry));
+      return typeof entry === "number" ? `${named(axis)} ${entry}` : shown(String(entry ?? "–"));
     };
     function indexOn(axis) {
       if (!axis) return 0;
@@ -97,6 +99,7 @@ export const patchGrid = view({
       return { facet, row, column };
     };
     function choose(place) {
+      if (!grid) return;
       const changes = {};
       const to = { ...at(), ...place };
       axes().forEach((axis, i) => {
@@ -178,8 +181,10 @@ export const patchGrid = view({
     // Drawing
     function code() {
       const shares = grid.values.values.map(share);
-      const reach = shares.reduce((most, x) => Math.max(most, Number.isFinite(x) ? Math.abs(x - grid.nothing) : 0), 0) || 1;
-      const [low, high] = [grid.nothing - reach, grid.nothing + reach];
+      const there = shares.filter(Number.isFinite);
+      const reach = there.reduce((most, x) => Math.max(most, Math.abs(x - grid.nothing)), 0) || 1;
+      const rising = !grid.based && there.every((x) => x >= 0); // attention, say
+      const [low, high] = [rising ? 0 : grid.nothing - reach, grid.nothing + reach];
       const { facet } = at();
       const [, rows, columns] = sizes();
       const codes = new Uint8Array(rows * columns).fill(255);
@@ -188,18 +193,20 @@ export const patchGrid = view({
         const x = cell < 0 ? NaN : shares[cell];
         if (Number.isFinite(x)) codes[i] = Math.round(((x - low) / (high - low)) * 254);
       }
-      return { image: codeImage(codes, columns, rows, codeColours(v.theme.diverging)), facet, low, high };
+      const ramp = rising ? "probability" : "diverging";
+      return { image: codeImage(codes, columns, rows, codeColours(v.theme[ramp])), facet, low, high, ramp };
     }
     function draw() {
       image = null;
       update();
       const none = waiting();
       const [, , across] = axes();
-      const ends = { 0: number(image.low, 2), 0.5: number(grid.nothing, 2), 1: number(image.high, 2) };
+      const { low, high, ramp } = image;
+      const ends = { 0: number(low, 2), 0.5: number((low + high) / 2, 2), 1: number(high, 2) };
       const unit = grid.shares ? "share recovered (corrupted 0, clean 1)" : grid.unit;
       legend.replaceChildren(
-        scale("diverging", unit, ends),
-        h("span", {}, "middle: the cell did nothing"),
+        scale(ramp, unit, ends),
+        grid.based ? h("span", {}, "middle: the cell did nothing") : "",
         none ? h("span", {}, h("i", { className: "missing" }), ` ${plural(none, "cell")} not run`) : "",
         h("span", {}, `across: ${named(across)}`),
       );
@@ -256,14 +263,16 @@ export const patchGrid = view({
         .filter(Boolean)
         .map((text) => text.replace(/^(\w+) \1 /, "$1 "))
         .join(", ");
-    function sentence() {
+    /** Of the cell at the cursor, or at a place that the mouse is over. */
+    function sentence(over = {}) {
       if (!grid) return "";
-      const cell = numberAt(at());
-      const value = cell < 0 ? NaN : grid.values.values[cell];
-      if (cell < 0) return `${where(at())}: no such cell`;
-      if (Number.isNaN(value)) return `${where(at())}: not run`;
+      const place = { ...at(), ...over };
+      const cell = numberAt(place);
+      if (cell < 0) return `${where(place)}: no such cell`;
+      const value = grid.values.values[cell];
+      if (Number.isNaN(value)) return `${where(place)}: not run`;
       const recovered = grid.shares ? `, ${number(share(value))} of the difference recovered` : "";
-      return `${where(at())}: ${grid.unit} ${number(value)}${recovered}`;
+      return `${where(place)}: ${grid.unit} ${number(value)}${recovered}`;
     }
     function head() {
       const metric = offers?.metrics.find(({ name }) => name === v.state.metric);
@@ -308,11 +317,13 @@ export const patchGrid = view({
         const key = canonical(settings());
         if (key !== of) {
           stop();
+          v.notice("");
           [grid, of] = [null, key];
         }
         offer();
         v.show("grid", settings(), (answer) => {
           grid = answer;
+          map.el.hidden = false;
           head();
           draw();
           status();
@@ -336,6 +347,7 @@ export const patchGrid = view({
         ].join("\n");
       },
       table() {
+        if (!grid) return { columns: [], rows: [] };
         const cells = [];
         for (let facet = 0; facet < sizes()[0]; facet++)
           for (let row = 0; row < sizes()[1]; row++)

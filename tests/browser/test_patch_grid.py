@@ -123,6 +123,14 @@ def test_what_is_patched_is_state_and_its_python_gives_the_number(open_view, set
     # A bad state set from Python is said in the view, and leaves it usable.
     grid.state = {**grid.state, "by": ["layer", "head"]}
     page.get_by_role("alert").get_by_text("has no head").wait_for()
+    page.get_by_label("patch", exact=True).select_option("z")
+    page.get_by_text("0 of 24 cells").wait_for()
+    assert page.get_by_role("alert").count() == 0
+    # A kernel that went away while it runs.
+    grid.kernel_is_gone = True
+    page.get_by_role("button", name="Run", exact=True).click()
+    page.get_by_role("alert").get_by_text("The kernel is gone").wait_for()
+    assert page.get_by_role("button", name="Run", exact=True).is_enabled()
 
 
 def test_a_point_selected_elsewhere_can_be_taken(open_view, settled, model):
