@@ -4,7 +4,7 @@ import { clamp, largest, missing, number, plural, range, shown } from "./numbers
 import { button, h, onKeys, paintOn, reveal } from "./parts.js";
 
 const ROUNDING = 1e-5; // of a sum of float32 numbers, beside the largest of them
-const MAX_TOKENS = 300; // drawn of a long prompt: those that matter most
+export const MAX_TOKENS = 300; // drawn of a long prompt: those that matter most
 
 /** A number with its sign. */
 export const signedNumber = (x, digits = 3) => `${x > 0 ? "+" : ""}${number(x, digits)}`.replace(/^-/, "−");
@@ -37,6 +37,7 @@ function attributionList(el, length, at, pick, others) {
 export function signedBars(v, label, { pick, peek, others }) {
   let items = [];
   let picked = -1;
+  let theme = null; // that they are drawn in
   const el = h("div", { className: "bars signed", role: "listbox", tabIndex: 0, ariaLabel: label });
   attributionList(
     el,
@@ -68,26 +69,34 @@ export function signedBars(v, label, { pick, peek, others }) {
   return {
     el,
     show(newItems, isPicked) {
-      [items, picked] = [newItems, newItems.findIndex(isPicked)];
-      el.hidden = !items.length;
-      const reach = largest(items.map(({ value }) => Math.abs(value)).filter(Number.isFinite)) || 1;
-      const colours = signColours(v.theme);
-      el.classList.toggle(
-        "noted",
-        items.some(({ note }) => note),
-      );
-      el.replaceChildren(...items.map((item, i) => row(item, i, reach, colours)));
+      const same = ({ name, value, note }, i) =>
+        name === items[i].name && value === items[i].value && note === items[i].note;
+      const drawn = theme === v.theme && newItems.length === items.length && newItems.every(same);
+      [items, picked, theme] = [newItems, newItems.findIndex(isPicked), v.theme];
+      if (drawn) [...el.children].forEach((option, i) => (option.ariaSelected = String(i === picked)));
+      else draw();
       if (picked < 0) return el.removeAttribute("aria-activedescendant");
       el.setAttribute("aria-activedescendant", el.children[picked].id);
       reveal(el, el.children[picked]);
     },
   };
+  function draw() {
+    el.hidden = !items.length;
+    const reach = largest(items.map(({ value }) => Math.abs(value)).filter(Number.isFinite)) || 1;
+    const colours = signColours(v.theme);
+    el.classList.toggle(
+      "noted",
+      items.some(({ note }) => note),
+    );
+    el.replaceChildren(...items.map((item, i) => row(item, i, reach, colours)));
+  }
 }
 
 /** The prompt, coloured by what a head took from each token. `pick(pos)`, `peek(pos or null)`. */
 export function sourceTokens(v, { pick, peek, others }) {
   const { tokens } = v.data;
   let [drawn, at] = [[], 0];
+  let [shares, reach, theme] = [null, 1, null]; // as they are drawn
   const el = h("div", { className: "strip sources", role: "listbox", tabIndex: 0, ariaLabel: "Source tokens" });
   attributionList(
     el,
@@ -106,26 +115,32 @@ export function sourceTokens(v, { pick, peek, others }) {
     /** Numbers for each token: what came from it, and the attention it got. */
     show(values, attention, picked) {
       at = picked;
-      const strong = range(tokens.length).sort((a, b) => Math.abs(values[b]) - Math.abs(values[a]));
-      const kept = new Set([...strong.slice(0, MAX_TOKENS), picked]);
-      drawn = range(tokens.length).filter((pos) => kept.has(pos));
-      const reach = largest(drawn.map((pos) => Math.abs(values[pos])).filter(Number.isFinite)) || 1;
-      const chips = drawn.map((pos, i) => {
-        const chip = h("span", { className: "token", role: "option", id: v.id("source", pos) }, shown(tokens[pos]));
-        [chip.dir, chip.ariaSelected, chip.title] = ["auto", String(pos === at), `${pos} ${shown(tokens[pos])}`];
-        chip.classList.toggle("gap", pos > (i ? drawn[i - 1] + 1 : 0));
-        chip.classList.toggle("unseen", attention[pos] === 0);
-        chip.classList.toggle("missing", !Number.isFinite(values[pos]));
-        if (attention[pos] !== 0 && Number.isFinite(values[pos]))
-          paintOn(chip, v.theme.diverging(0.5 + values[pos] / reach / 2));
-        return chip;
-      });
-      el.replaceChildren(...chips);
-      el.setAttribute("aria-activedescendant", chips[drawn.indexOf(at)].id);
-      reveal(el, chips[drawn.indexOf(at)]);
+      if (shares !== values || theme !== v.theme || !drawn.includes(at)) draw(values, attention);
+      [...el.children].forEach((chip, i) => (chip.ariaSelected = String(drawn[i] === at)));
+      const here = el.children[drawn.indexOf(at)];
+      el.setAttribute("aria-activedescendant", here.id);
+      reveal(el, here);
       return reach;
     },
   };
+  function draw(values, attention) {
+    [shares, theme] = [values, v.theme];
+    const strong = range(tokens.length).sort((a, b) => Math.abs(values[b]) - Math.abs(values[a]));
+    const kept = new Set([...strong.slice(0, MAX_TOKENS), at]);
+    drawn = range(tokens.length).filter((pos) => kept.has(pos));
+    reach = largest(drawn.map((pos) => Math.abs(values[pos])).filter(Number.isFinite)) || 1;
+    const chips = drawn.map((pos, i) => {
+      const chip = h("span", { className: "token", role: "option", id: v.id("source", pos) }, shown(tokens[pos]));
+      [chip.dir, chip.title] = ["auto", `${pos} ${shown(tokens[pos])}`];
+      chip.classList.toggle("gap", pos > (i ? drawn[i - 1] + 1 : 0));
+      chip.classList.toggle("unseen", attention[pos] === 0);
+      chip.classList.toggle("missing", !Number.isFinite(values[pos]));
+      if (attention[pos] !== 0 && Number.isFinite(values[pos]))
+        paintOn(chip, v.theme.diverging(0.5 + values[pos] / reach / 2));
+      return chip;
+    });
+    el.replaceChildren(...chips);
+  }
 }
 
 /** A choice of a token among the likeliest, by a text that is typed, or of none. `pick(id or null)`. */
@@ -144,7 +159,7 @@ export function tokenChoice(v, label, none, pick) {
     [select.hidden, input.hidden, cancel.hidden] = [on, !on, !on];
     (on ? input : select).focus();
   };
-  let current = "";
+  let [current, options] = ["", ""];
   select.addEventListener("change", () => {
     const chosen = select.value;
     select.value = current; // until the state says so
@@ -164,11 +179,13 @@ export function tokenChoice(v, label, none, pick) {
     el: h("span", { className: "choice" }, `${label} `, select, input, cancel),
     show(likeliest, probs, chosen) {
       const known = likeliest.some(({ id }) => id === chosen?.id);
-      const options = likeliest.map(({ id, text }, i) => [id, `${shown(text).slice(0, 40)}  ${number(probs[i])}`]);
-      if (chosen && !known) options.push([chosen.id, shown(chosen.text).slice(0, 40)]);
-      if (none) options.push(["none", none]);
-      options.push(["typed", "another token…"]);
-      select.replaceChildren(...options.map(([value, text]) => h("option", { value }, text)));
+      const choices = likeliest.map(({ id, text }, i) => [id, `${shown(text).slice(0, 40)}  ${number(probs[i])}`]);
+      if (chosen && !known) choices.push([chosen.id, shown(chosen.text).slice(0, 40)]);
+      if (none) choices.push(["none", none]);
+      choices.push(["typed", "another token…"]);
+      if (options !== String(choices))
+        select.replaceChildren(...choices.map(([value, text]) => h("option", { value }, text)));
+      options = String(choices);
       current = String(chosen?.id ?? "none");
       select.value = current;
     },

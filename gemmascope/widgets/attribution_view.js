@@ -2,7 +2,15 @@
 // opened from a layer to its heads and the tokens they took it from, or to its experts and neurons.
 
 import { attributionGrid } from "./attribution_grid.js";
-import { addsUp, signColours, signedBars, signedNumber, sourceTokens, tokenChoice } from "./attribution_parts.js";
+import {
+  MAX_TOKENS,
+  addsUp,
+  signColours,
+  signedBars,
+  signedNumber,
+  sourceTokens,
+  tokenChoice,
+} from "./attribution_parts.js";
 import { waterfall } from "./attribution_waterfall.js";
 import { clamp, hex, missing, number, place, plural, range, shown } from "./numbers.js";
 import { button, choice, h, scale } from "./parts.js";
@@ -265,15 +273,16 @@ export const attributionView = view({
       now.sources = need("sources", { ...args, layer, head: now.head });
       [sourcePanel.hidden, innerPanel.hidden] = [!now.sources, !now.sources];
       if (!now.sources) return;
-      const from = [...now.sources.values.values];
+      const from = now.sources.values.values;
       const attention = now.sources.attention.values;
       now.key = place(v.now.key, n, strongest(from));
       stripTitle.textContent = `Where head ${now.head} took it from: ${signedNumber(values[now.head])}`;
       const reach = strip.show(from, attention, now.key);
       stripLegend.replaceChildren(
         scale("diverging", "adds", { 0: signedNumber(-reach, 2), 0.5: "0", 1: signedNumber(reach, 2) }),
+        n > MAX_TOKENS ? `the ${MAX_TOKENS} strongest of ${n} tokens` : "",
       );
-      stripSum.textContent = addsUp(from, values[now.head], "The tokens", `head ${now.head}`);
+      stripSum.textContent = addsUp([...from], values[now.head], "The tokens", `head ${now.head}`);
       innerTitle.textContent = "Sources, strongest first, with attention";
       const first = range(n)
         .sort((a, b) => Math.abs(from[b]) - Math.abs(from[a]))

@@ -62,6 +62,7 @@ export function waterfall(v, { pick, peek, others }) {
       [ctx.textAlign, ctx.fillStyle] = [align, colour];
       ctx.fillText(text, x, y);
     };
+    const lookOf = (i) => [i === (hover ?? at) ? v.theme.ink : v.theme.muted, i === at ? "bold " : ""];
     const banded = ({ layer }) => layer !== null && layer % 2 === 0;
     const line = (x1, y1, x2, y2, colour) => {
       ctx.strokeStyle = colour;
@@ -129,36 +130,29 @@ export function waterfall(v, { pick, peek, others }) {
         ctx.fillStyle = hatching(ctx, v.theme);
         ctx.fillRect(x, WATERFALL_TOP, thick, WATERFALL_HEIGHT);
       }
-      const chosen = i === (hover ?? at);
-      const colour = chosen ? v.theme.ink : v.theme.muted;
-      if (chosen || slot > 46) {
-        const text = Number.isFinite(value) ? signedNumber(Number(value.toFixed(2)), 2) : "none";
-        const place = [
-          clamp(middle, WATERFALL_LEFT + 20, width - 24),
-          value < 0 ? Math.max(y(from), y(to)) + 13 : Math.min(y(from), y(to)) - 5,
-        ];
-        [ctx.font, ctx.textAlign, ctx.lineWidth] = [`11px ${v.theme.mono}`, "center", 4];
-        ctx.strokeStyle = banded(steps[i]) ? v.theme.raised : `rgb(${v.theme.paper})`; // keeps lines off the number
-        ctx.strokeText(text, ...place);
-        ctx.lineWidth = 1;
-        write(text, ...place, "center", colour, i === at ? "bold " : "");
-      }
-      if (slot > 10)
-        write(
-          slot > WORD_ROOM ? WORDS[kind] : LETTERS[kind],
-          middle,
-          bottom + 16,
-          "center",
-          colour,
-          i === at ? "bold " : "",
-        );
+      const name = slot > WORD_ROOM ? WORDS[kind] : LETTERS[kind];
+      if (slot > 10) write(name, middle, bottom + 16, "center", ...lookOf(i));
     });
+    const told = (i) => {
+      const [value, [from, to]] = [steps[i].value, spans[i]];
+      const text = Number.isFinite(value) ? signedNumber(Number(value.toFixed(2)), 2) : "none";
+      const middle = clamp(left(i) + slot / 2, WATERFALL_LEFT + 20, width - 24);
+      const level = value < 0 ? Math.max(y(from), y(to)) + 13 : Math.min(y(from), y(to)) - 5;
+      [ctx.font, ctx.textAlign, ctx.lineWidth] = [`${lookOf(i)[1]}11px ${v.theme.mono}`, "center", 4];
+      ctx.strokeStyle = banded(steps[i]) ? v.theme.raised : `rgb(${v.theme.paper})`; // keeps lines off the number
+      ctx.strokeText(text, middle, level);
+      ctx.lineWidth = 1;
+      write(text, middle, level, "center", ...lookOf(i));
+    };
+    if (slot > 46) range(steps.length).forEach(told);
     const marked = (i, thickness) => {
       [ctx.strokeStyle, ctx.lineWidth] = [v.theme.ink, thickness];
       ctx.strokeRect(left(i) + 1, WATERFALL_TOP - 1, Math.max(2, slot - 2), WATERFALL_HEIGHT + 23);
     };
     if (hover !== null && hover !== at) marked(hover, 1);
     marked(at, 2);
+    told(at);
+    if (hover !== null) told(hover);
   }
   return {
     el,
