@@ -1,13 +1,13 @@
 // Changes of the routing: what to do to the selected expert, the changes that are on, and what they did.
 
 import { beforeAfter, changed, likeliestTokens } from "./before_after.js";
-import { canonical, number, range, shown } from "./numbers.js";
+import { canonical, largest, number, range, shown } from "./numbers.js";
 import { barList, button, choice, h } from "./parts.js";
 
 const ROUTER_HOWS = {
   reroute: ["Switch off", "the next best steps in", "switched off"],
   silence: ["Silence", "its slot says nothing", "silenced"],
-  force: ["Force", "among the chosen, in place of the least likely", "forced"],
+  force: ["Force", "in place of the least likely, by its own probability", "forced"],
 };
 const ROUTER_MOST = 8; // positions listed by how much their prediction changed
 
@@ -65,9 +65,12 @@ export function routerBench(v, { label, layers, at }) {
   );
   const list = h("ul", { className: "changes", ariaLabel: "Changes that are on" });
   const commitButton = button("Commit", commit, { className: "commit", title: "Run the model with these changes" });
-  const undoButton = button("Undo", () => set(history.pop() ?? v.state.changes.slice(0, -1), false), {
-    title: "Take the last edit of this list back",
-  });
+  function undo() {
+    const { changes } = v.state;
+    if (running || v.page || !(history.length || changes.length)) return;
+    set(history.pop() ?? changes.slice(0, -1), false);
+  }
+  const undoButton = button("Undo", undo, { title: "Take the last edit of this list back" });
   const status = h("span", { className: "note", role: "status" });
 
   const nextTitle = h("h4");
@@ -121,15 +124,15 @@ export function routerBench(v, { label, layers, at }) {
     const fixed = running || v.page;
     list.replaceChildren(
       ...changes.map((change, i) => {
-        const remove = () => set(changes.filter((_, j) => j !== i));
+        const remove = () => (set(changes.filter((_, j) => j !== i)), commitButton.focus());
         const cross = button("✕", remove, { ariaLabel: `Remove: ${told(change)}`, title: "Remove", disabled: fixed });
         return h("li", {}, h("span", { dir: "auto" }, told(change)), cross);
       }),
     );
     const done = same(changes, committed);
     for (const maker of makers) maker.firstChild.disabled = fixed;
-    commitButton.disabled = fixed || done;
-    undoButton.disabled = fixed || !(history.length || changes.length);
+    commitButton.ariaDisabled = String(fixed || done); // not `disabled`, which would lose the focus
+    undoButton.ariaDisabled = String(fixed || !(history.length || changes.length));
     status.textContent = running
       ? "Running …"
       : v.page
@@ -174,7 +177,7 @@ export function routerBench(v, { label, layers, at }) {
     flips.textContent = total
       ? `other experts at ${total} of ${n * layers} places (tokens: ${named.join("; ")})`
       : "the same experts everywhere";
-    const largest = Math.max(...kl.values, 1e-9);
+    const top = largest(kl.values) || 1;
     const order = range(n)
       .sort((a, b) => kl.values[b] - kl.values[a])
       .slice(0, ROUTER_MOST);
@@ -182,7 +185,7 @@ export function routerBench(v, { label, layers, at }) {
       pos: i,
       name: label(i),
       value: number(kl.values[i]),
-      share: kl.values[i] / largest,
+      share: kl.values[i] / top,
     }));
     most.show(items, (item) => item.pos === pos);
   }

@@ -13,6 +13,7 @@ from gemmascope.widgets.base import MAX_ROWS, Question, View
 WINDOW = 256
 """Positions of one answer about every layer; as many as a page without kernel carries."""
 SHOWS = ("experts", "margin", "entropy")
+SIDES = ("before", "after")
 HOWS = ("reroute", "silence", "force")
 """What may be done to an expert: the next best steps in; its slot says nothing; it is among the chosen."""
 
@@ -124,7 +125,8 @@ class RouterView(View, script="router_view.js"):
             setup: Python that makes `model` and `prompt`, for what is copied.
 
         Raises:
-            ValueError: for another number of tokens than the routing has, or another model's routing to compare with.
+            ValueError: for another number of tokens than the routing has, another model's routing to compare with, or a
+                state that is none.
         """
         routings = {"The prompt": (tokens, routing)} | ({} if other is None else {"The other prompt": other})
         for name, (texts, its) in routings.items():
@@ -132,9 +134,9 @@ class RouterView(View, script="router_view.js"):
                 raise ValueError(f"{name} has {len(texts)} tokens and the routing of {its.n}: give one for each.")
         if other is not None and (len(other[1].indices), other[1].n_experts) != self._shape(routing):
             raise ValueError("The other prompt went through other layers or experts: compare runs of one model.")
-        show = (state or {}).get("show", "experts")
-        if show not in SHOWS:
-            raise ValueError(f"show is {show!r}; it is one of {', '.join(SHOWS)}.")
+        for name, known in {"show": SHOWS, "side": SIDES, "only": (None, *range(len(routing.indices)))}.items():
+            if state and state.get(name, known[0]) not in known:
+                raise ValueError(f"{name} is {state[name]!r}; it is one of {', '.join(map(str, known))}.")
         self._tokens, self._routing, self._aligned = tokens, routing, other is not None and other[1].n == routing.n
         self._commits = commits
         answers = {"window": routing.window, "layer": routing.layer}

@@ -70,7 +70,7 @@ def test_keys_move_and_the_readout_tells_what_hover_tells(open_view, settled):
     page.locator(".table").focus()
     for key in ("Home", "ArrowRight", "PageDown", "ArrowDown", "]"):
         page.keyboard.press(key)
-    settled(page)
+        settled(page)
     window = view.answers["window"](first=0)
     experts = window["experts"][2, 1]
     assert (view.selection.pos, view.selection.layer, view.selection.expert) == (1, 2, experts[1])
@@ -170,6 +170,30 @@ def test_what_cannot_be_run_is_said(open_view, settled, model):
     page.get_by_role("button", name="Commit").click()
     page.wait_for_selector(".notice:not([hidden])")
     assert "at most 6 of them can be switched off" in page.locator(".notice").inner_text()
+    assert page.get_by_role("button", name="Commit").is_enabled()
+
+
+def test_one_commit_at_a_time_and_a_kernel_that_is_gone(open_view, settled, model):
+    view = gs.router_view(model, PROMPT, state={"changes": [OFF]})
+    ran, effect = [], view.answers["effect"]
+    view.answers["effect"] = lambda changes: (ran.append(changes), effect(changes))[1]
+    page = open_view(view)
+    page.wait_for_selector(".chip")
+    twice = """() => {
+      const commit = document.querySelector("button.commit");
+      commit.click();
+      commit.click();
+      return [commit.ariaDisabled, document.querySelector(".router-bench [role=status]").textContent];
+    }"""
+    assert page.evaluate(twice) == ["true", "Running …"]
+    page.wait_for_selector(".cell.flip")
+    settled(page)
+    assert ran == [[OFF]]
+    view.kernel_is_gone = True
+    page.get_by_role("button", name="Force", exact=True).click()
+    page.get_by_role("button", name="Commit").click()
+    page.wait_for_selector(".notice:not([hidden])")
+    assert "The kernel is gone" in page.locator(".notice").inner_text()
     assert page.get_by_role("button", name="Commit").is_enabled()
 
 

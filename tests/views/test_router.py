@@ -137,6 +137,8 @@ def test_a_dense_model_and_a_cache_without_the_routers(model):
         gs.router_view(model, cache)
     with pytest.raises(ValueError, match="show is 'load'"):
         gs.router_view(model, PROMPT, state={"show": "load"})
+    with pytest.raises(ValueError, match="only is 6; it is one of None, 0, 1"):
+        gs.router_view(model, PROMPT, state={"only": 6})
 
 
 def test_a_trace_without_a_model(model):
