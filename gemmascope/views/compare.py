@@ -27,7 +27,7 @@ def compared(
     for start in range(0, len(before), step):
         part = slice(start, start + step)
         p, q = (ops.wide(logits[part]).log_softmax(-1) for logits in (before, after))
-        kl.append((p.exp() * (p - q)).sum(-1))
+        kl.append((p.exp() * (p - q)).sum(-1).clamp(min=0))  # below 0 only by rounding
         for of_run, log_probs in zip(losses, (p, q), strict=True):
             wanted = targets[part]
             of_run.append(F.nll_loss(log_probs[: len(wanted)], wanted, reduction="none"))

@@ -1,6 +1,7 @@
 // Components switched off: staged, committed, compared with the run that has them, and kept in a log.
 
 import { beforeAfter, changed, fixed, likeliestTokens } from "./before_after.js";
+import { benchLog, benchPython } from "./bench_log.js";
 import { benchKey, benchMark, benchName, benchSwitch, benchSwitches } from "./bench_switches.js";
 import { canonical, clamp, largest, missing, number, place, plural, shown } from "./numbers.js";
 import { button, choice, h, onKeys, paintOn, reveal, scale } from "./parts.js";
@@ -73,8 +74,8 @@ export const ablationBench = view({
       running = false;
       if (!answer) return drawControls();
       take(answer, question);
-      const log = [...v.state.log, { ...chosen, ...figures() }].slice(-MAX_LOG);
-      v.keep({ log, at: log.length - 1 });
+      const kept = [...v.state.log, { ...chosen, ...figures() }].slice(-MAX_LOG);
+      v.keep({ log: kept, at: kept.length - 1 });
       if (v.state.live && !same(staged(), committed())) commit(); // switched while it ran
     }
     function take(answer, question) {
@@ -320,43 +321,7 @@ export const ablationBench = view({
       );
     }
 
-    // The log
-    const logList = h("div", { className: "log", role: "listbox", tabIndex: 0, ariaLabel: "Commits" });
-    onKeys(logList, (columns, lines) => goTo(clamp(v.state.at + columns + lines, -1, v.state.log.length - 1)));
-    logList.addEventListener("click", (event) => {
-      const option = event.target.closest("[role=option]");
-      if (option) goTo([...logList.children].indexOf(option) - 1);
-    });
-    const entryText = (entry) => {
-      const kind = entry.on.length ? `${entry.kind}: ${namesOf(entry.on)}` : "nothing";
-      return [
-        kind,
-        `at ${entry.pos} ${shown(tokens[entry.pos] ?? "")}`,
-        `KL ${fixed(entry.kl, 4)}`,
-        `loss ${changed(entry.loss, 4)}`,
-        entry.difference ? changed(entry.difference, 3) : "",
-        entry.first.map(({ text, p }) => `${shown(text)} ${fixed(p, 4)}`).join(" → "),
-      ];
-    };
-    function drawLog() {
-      const { log, at: current } = v.state;
-      const option = (texts, i) =>
-        h(
-          "div",
-          {
-            role: "option",
-            id: v.id("log", i),
-            ariaSelected: String(i === current),
-            title: texts.filter(Boolean).join("; "),
-          },
-          ...[i + 1, ...texts].map((text) => h("span", { dir: "auto" }, String(text))),
-        );
-      logList.replaceChildren(option(["as it is"], -1), ...log.map((entry, i) => option(entryText(entry), i)));
-      const here = logList.children[current + 1] ?? logList.firstChild;
-      logList.setAttribute("aria-activedescendant", here.id);
-      reveal(logList, here);
-    }
-
+    const log = benchLog(v, namesOf, goTo);
     const left = h("div", { className: "panel" }, grid.el, neurons, sets);
     const right = h("div", { className: "panel" }, facts, bars.el);
     v.body.append(
@@ -366,7 +331,7 @@ export const ablationBench = view({
       legend,
       strip,
       h("h4", {}, "Log"),
-      logList,
+      log.el,
     );
 
     function drawEffect() {
@@ -397,7 +362,7 @@ export const ablationBench = view({
         if (effect) paintStrip();
         drawControls();
         drawSets();
-        drawLog();
+        log.draw();
       },
       update() {
         const pos = at();
@@ -412,67 +377,10 @@ export const ablationBench = view({
       sentence,
       python() {
         if (!effect) return "";
-        const { kl, loss, difference } = figures();
         const top = likeliestTokens(effect, effect.texts, row());
-        const print = (what, value) => `print(${what})  # ${value}`;
-        return [
-          effect.python,
-          "before = model(prompt)",
-          `pos = ${at()}`,
-          "p, q = (run[0, pos].float().log_softmax(-1) for run in (before, logits))",
-          print('f"{(p.exp() * (p - q)).sum():.4f}"', `KL(before || after) ${fixed(kl, 4)} nats`),
-          ...(n > 1
-            ? [
-                'losses = [model(prompt, interventions=edits, return_type="loss") for edits in ([], interventions)]',
-                print(
-                  'f"{losses[0]:.4f} -> {losses[1]:.4f}"',
-                  `loss ${fixed(loss[0], 4)} -> ${fixed(loss[1], 4)} nats`,
-                ),
-              ]
-            : []),
-          ...(difference
-            ? [
-                `right, wrong = ${pair.map(({ id }) => id).join(", ")}`,
-                "differences = [(run[0, pos, right] - run[0, pos, wrong]).item() for run in (before, logits)]",
-                print(
-                  'f"{differences[0]:.3f} -> {differences[1]:.3f}"',
-                  `logit difference ${difference.map((x) => fixed(x, 3)).join(" -> ")}`,
-                ),
-              ]
-            : []),
-          ...top.map(({ id, text, p }) =>
-            print(
-              `f"{p[${id}].exp():.4f} -> {q[${id}].exp():.4f}"`,
-              `${shown(text).slice(0, 40)} ${p.map((x) => fixed(x, 4)).join(" -> ")}`,
-            ),
-          ),
-        ].join("\n");
+        return benchPython(effect.python, figures(), pair, top);
       },
-      table: () => ({
-        columns: [
-          "off",
-          "kind",
-          "pos",
-          "KL (nats)",
-          "loss before",
-          "loss after",
-          "difference before",
-          "difference after",
-          "first before",
-          "p",
-          "first after",
-          "p",
-        ],
-        rows: v.state.log.map((entry) => [
-          namesOf(entry.on),
-          entry.kind,
-          entry.pos,
-          entry.kl,
-          ...entry.loss,
-          ...(entry.difference ?? [null, null]),
-          ...entry.first.flatMap(({ text, p }) => [shown(text), p]),
-        ]),
-      }),
+      table: log.table,
     };
   },
 });

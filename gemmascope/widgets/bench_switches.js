@@ -44,6 +44,7 @@ export function benchSwitches(v, { flip, move, fold }) {
   let buttons = []; // of every row that is drawn, in the order of the page
   let drawn = "";
   let cursor = null;
+  let last = null; // where the selection was
 
   const isOpen = (layer, here) => small !== v.state.toggled.includes(layer) || (!small && layer === here);
   const cell = (className, ...children) => h("span", { className, role: "gridcell" }, ...children);
@@ -143,6 +144,10 @@ export function benchSwitches(v, { flip, move, fold }) {
     el,
     show({ off, committed, why, here }) {
       build(here.layer);
+      const followed = here.head === null ? null : benchKey(["head", here.layer, here.head]);
+      const there = followed !== last && buttons.find((each) => each.dataset.key === followed);
+      if (there && !el.contains(document.activeElement)) stand(there, false); // Tab goes to what others selected
+      last = followed;
       rows.forEach((each, layer) => each.classList.toggle("here", layer === here.layer));
       const picked = [
         ["head", here.layer, here.head],
