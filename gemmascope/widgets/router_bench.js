@@ -7,7 +7,7 @@ import { barList, button, choice, h } from "./parts.js";
 const ROUTER_HOWS = {
   reroute: ["Switch off", "the next best steps in", "switched off"],
   silence: ["Silence", "its slot says nothing", "silenced"],
-  force: ["Force", "in place of the least likely, by its own probability", "forced"],
+  force: ["Force", "it takes the slot of the least likely", "forced"],
 };
 const ROUTER_MOST = 8; // positions listed by how much their prediction changed
 
@@ -98,7 +98,8 @@ export function routerBench(v, { label, layers, at }) {
       "p",
       { className: "note" },
       "A norm follows the experts' sum, so that silencing an expert with or without renormalising the other weights is " +
-        "one and the same intervention. To let the next best expert step in is another.",
+        "one and the same intervention. To let the next best expert step in is another. A forced expert has the weight " +
+        "that its own probability gives it, which may be next to nothing.",
     ),
     h(
       "div",

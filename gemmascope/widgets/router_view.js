@@ -47,8 +47,8 @@ export const routerView = view({
         table.layout();
         v.refresh();
       };
-      v.show("window", { first }, arrive("before"));
-      if (other?.differs) v.show("window_other", { first }, arrive("other"));
+      if (windows.before?.first !== first) v.show("window", { first }, arrive("before"));
+      if (other?.differs && windows.other?.first !== first) v.show("window_other", { first }, arrive("other"));
       if (committed().length) v.show("window_after", { changes: committed(), first }, arrive("after"));
     }
     /** Sees to it that the choices around a position are at hand. */
