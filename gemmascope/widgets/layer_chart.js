@@ -11,7 +11,8 @@ const CHART_FONT = 6; // pixels a character of a name takes, about
  *     names    of the places along the axis
  *     ticks    { value: text } along the other axis, whose range is that of `low` to `high`
  *     place    value -> 0 (bottom) to 1 (top); linear from low to high by default
- *     series   [{ values, colour, className, dots, band: { low, high } }], a gap where a value is NaN
+ *     series   [{ values, colour, className, dots, band: { low, high } }], a gap where a value is NaN; dots are "all",
+ *              "none", or "here" (by default)
  *     at       the place picked; `sentence` is what a screen reader hears there
  *     height   in pixels */
 export function layerChart(v, { name, pick }) {
@@ -50,7 +51,7 @@ export function layerChart(v, { name, pick }) {
         if (colour) one.style[what] = colour;
         return one;
       };
-      const drawn = ({ values, colour, className = "", dots = false, band }) => {
+      const drawn = ({ values, colour, className = "", dots = "here", band }) => {
         const numbers = [...values];
         const parts = runs(numbers).map((run) =>
           coloured(
@@ -59,44 +60,34 @@ export function layerChart(v, { name, pick }) {
             colour,
           ),
         );
-        if (band) {
+        if (band && names.length > 1) {
+          const places = range(names.length);
           const edge = [
-            ...range(names.length).map((i) => point(band.high[i], i)),
-            ...range(names.length)
-              .map((i) => point(band.low[i], i))
-              .reverse(),
+            ...places.map((i) => point(band.high[i], i)),
+            ...places.reverse().map((i) => point(band.low[i], i)),
           ];
-          parts.unshift(
-            coloured(svg("polygon", { class: `band ${className}`, points: edge.join(" ") }), "fill", colour),
-          );
+          parts.unshift(coloured(svg("polygon", { class: "band", points: edge.join(" ") }), "fill", colour));
+        } else if (band) {
+          const ends = { x1: across(0), x2: across(0), y1: y(band.low[0]), y2: y(band.high[0]) };
+          parts.unshift(coloured(svg("line", { class: "whisker", ...ends }), "stroke", colour));
         }
-        const marked = numbers
-          .map((value, i) => (Number.isFinite(value) && (dots || i === at) ? i : null))
-          .filter((i) => i !== null);
-        const circles = marked.map((i) =>
-          coloured(svg("circle", { cx: across(i), cy: y(numbers[i]), r: i === at ? 4 : 2.5 }), "fill", colour),
-        );
-        return [...parts, ...(className.includes("faint") ? [] : circles)];
+        const marked = range(numbers.length).filter((i) => Number.isFinite(numbers[i]) && (dots === "all" || i === at));
+        const dot = (i) => svg("circle", { cx: across(i), cy: y(numbers[i]), r: i === at ? 4 : 2.5 });
+        return [...parts, ...(dots === "none" ? [] : marked.map((i) => coloured(dot(i), "fill", colour)))];
       };
       const room = Math.max(...names.map((each) => each.length)) * CHART_FONT + 8;
       const step = Math.ceil((room * names.length) / (right - EDGE.left));
       const named = (i) => i === at || (i % step === 0 && Math.abs(i - at) >= step);
+      const anchor = (i) =>
+        names.length === 1 || names[i].length < 3
+          ? "middle"
+          : i === 0
+            ? "start"
+            : i === names.length - 1
+              ? "end"
+              : "middle";
       const label = (i) =>
-        svg(
-          "text",
-          {
-            class: i === at ? "here" : "",
-            x: across(i),
-            y: height - 5,
-            "text-anchor":
-              i === 0 && names[0].length > 2
-                ? "start"
-                : i === names.length - 1 && names[i].length > 2
-                  ? "end"
-                  : "middle",
-          },
-          names[i],
-        );
+        svg("text", { class: i === at ? "here" : "", x: across(i), y: height - 5, "text-anchor": anchor(i) }, names[i]);
       const rules = Object.entries(ticks).flatMap(([value, text]) => [
         svg("line", { class: "rule", x1: EDGE.left, x2: right, y1: y(Number(value)), y2: y(Number(value)) }),
         svg("text", { x: EDGE.left - 5, y: y(Number(value)) + 3.5, "text-anchor": "end" }, text),

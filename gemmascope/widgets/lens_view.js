@@ -159,7 +159,7 @@ export const lensView = view({
       event.preventDefault();
       pin(pickedToken(cell));
     });
-    const figures = h("p", { className: "figures" });
+    const figures = h("p", { className: "lens-figures" });
     const pinning = h("div", { className: "controls pinning" });
     const courseTitle = h("div", { className: "heading courses" });
     const chart = layerChart(v, { name: "Layers", pick: (row) => move(at().pos, row) });
@@ -252,7 +252,7 @@ export const lensView = view({
       );
       const valuesOf = (id) => axis.values(courses.get(id));
       const series = [
-        ...faint.map((id) => ({ values: valuesOf(id), className: "faint" })),
+        ...faint.map((id) => ({ values: valuesOf(id), className: "faint", dots: "none" })),
         ...strong.map((id) => ({
           values: valuesOf(id),
           colour: ink(id),
