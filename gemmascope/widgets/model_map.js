@@ -18,6 +18,7 @@ export const modelMap = view({
     const ple = layers.some((layer) => layer.ple);
     let rows = [];
     let elements = [];
+    let chosen = null; // the element at the cursor
     let cursor = "l0"; // a row's id
     let seen = {}; // what was selected when this was last drawn
     let tested = null;
@@ -268,10 +269,12 @@ export const modelMap = view({
       update() {
         follow();
         const here = at();
-        elements.forEach((el, i) => (el.ariaSelected = String(i === here)));
-        if (!elements[here]) return tree.removeAttribute("aria-activedescendant");
-        tree.setAttribute("aria-activedescendant", elements[here].id);
-        reveal(tree, elements[here]);
+        if (chosen) chosen.ariaSelected = "false";
+        chosen = elements[here] ?? null;
+        if (!chosen) return tree.removeAttribute("aria-activedescendant");
+        chosen.ariaSelected = "true";
+        tree.setAttribute("aria-activedescendant", chosen.id);
+        reveal(tree, chosen);
       },
       sentence,
       python() {

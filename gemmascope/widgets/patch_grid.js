@@ -21,10 +21,12 @@ const PATCH_AXES = {
 const PATCH_AXES_SAID = { pos: "position" };
 
 export const patchGrid = view({
-  name: "Patching",
-  note:
-    "Each cell puts one activation of one run into the other, and its colour says how much of the difference between " +
-    "the two runs comes with it: which place carries the information, by cause and not by correlation.",
+  name: ({ offers, title }) => (offers ? "Patching" : title),
+  note: ({ offers }) =>
+    offers
+      ? "Each cell puts one activation of one run into the other, and its colour says how much of the difference between " +
+        "the two runs comes with it: which place carries the information, by cause and not by correlation."
+      : "A cell for each thing that was varied; its colour is the figure that was measured there.",
   keys: "Enter runs the cell at the cursor again, [ and ] go through the pictures of a third axis.",
   build(v) {
     const { title, prompts, offers } = v.data;
@@ -85,7 +87,7 @@ export const patchGrid = view({
     const label = (axis, i) => {
       const entry = axis.entries[i];
       if (axis.tokens[i] !== null) return `${entry} ${shown(axis.tokens[i])}`;
-      return typeof entry === "number" ? `${named(axis)} ${entry}` : shown(String(entry ?? "–"));
+      return typeof entry === "number" ? `${named(axis)} ${entry}` : shown(String(entry ?? "–")).replaceAll("·", " ");
     };
     function indexOn(axis) {
       if (!axis) return 0;
@@ -281,7 +283,7 @@ export const patchGrid = view({
       facts.replaceChildren(
         h("b", { dir: "auto" }, `${grid.unit}${about}`),
         each.length ? `: ${each.join(", ")}` : "",
-        h("small", { dir: "auto" }, title + (pair ? `; ${plural(pair.differing, "token")} differ${pair.differing === 1 ? "s" : ""}` : "")),
+        pair ? h("small", { dir: "auto" }, `${title}; ${plural(pair.differing, "token")} differ${pair.differing === 1 ? "s" : ""}`) : "",
       );
     }
     function offer() {

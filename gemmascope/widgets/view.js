@@ -1,7 +1,8 @@
 // The frame around every view: its data, state and selection, questions to the kernel, theme, keyboard help, notices, and
 // what can be taken along (Python, CSV, a picture, a table).
 //
-// A view is `export const nounView = view({ name, note, keys, build })`. `build(v)` fills `v.body` once, and returns
+// A view is `export const nounView = view({ name, note, keys, build })`, where name and note are texts, or functions of
+// the view's data that give one. `build(v)` fills `v.body` once, and returns
 //     paint()     draws everything: called at first, when the theme or the width changes, when the state changes
 //     update()    draws what depends on the selection
 //     sentence()  what is selected, for the readout and for screen readers
@@ -18,8 +19,9 @@ const SELECTED = ["pos", "key", "layer", "head", "expert", "neuron", "token", "s
 const MAX_ANSWERS = 256;
 const TABLE_ROWS = 50;
 
-export function view({ name, note, keys = "", build }) {
+export function view({ name: named, note: noted, keys = "", build }) {
   return async ({ model, el, host, signal = new AbortController().signal, experimental }) => {
+    const [name, note] = [named, noted].map((text) => (typeof text === "function" ? text(model.get("data")) : text));
     const uid = `gsc-${Math.random().toString(36).slice(2)}`;
     const words = (text) => String(text).replace(/[^\w-]+/g, "-");
     const body = h("div", { className: "body" });
