@@ -73,13 +73,13 @@ class SteerSweep:
         """Both measures against strength, as a plotly figure: see `table` for the figures."""
         from plotly.subplots import make_subplots
 
-        from gemmascope.plots import LOOK
+        from gemmascope.plots import look
 
         figure = make_subplots(1, 2, subplot_titles=[self.effect.unit, self.side_effects.unit])
         for column, result in enumerate((self.effect, self.side_effects), 1):
             figure.add_scatter(x=result.cells["strength"], y=result.mean.tolist(), row=1, col=column)
         figure.update_xaxes(title="strength")
-        return figure.update_layout(showlegend=False, template=LOOK, title=self.effect.experiment)
+        return figure.update_layout(showlegend=False, template=look(), title=self.effect.experiment)
 
     def _repr_html_(self) -> str:
         return self.table.to_html(escape=True)

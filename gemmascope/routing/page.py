@@ -7,6 +7,7 @@ Content-Security-Policy forbids it to: only its two scripts, named by their hash
 import base64
 import hashlib
 import html
+import json
 import math
 
 import numpy
@@ -15,7 +16,7 @@ import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 from plotly.subplots import make_subplots
 
-from gemmascope.plots import BLUE, GREY, LOOK, ORANGE, RISING, SCALE, escaped, label
+from gemmascope.plots import BLUE, DARK, GREY, LOOK, ORANGE, RISING, SCALE, escaped, label, look
 from gemmascope.routing import statistics as S
 from gemmascope.routing.report import MEANING, SHOWN, TESTED, RoutingReport
 
@@ -37,7 +38,7 @@ def figures(report: RoutingReport) -> dict[str, go.Figure]:
     if report.labelled:
         drawn["domains"] = _domains(report)
     drawn["margins"] = _margins(report)
-    return {name: figure.update_layout(template=LOOK, margin_t=50) for name, figure in drawn.items()}
+    return {name: figure.update_layout(template=look(), margin_t=50) for name, figure in drawn.items()}
 
 
 def _effect_axis(values, title: str, x: float) -> dict:
@@ -115,7 +116,7 @@ def _correlations(report: RoutingReport) -> go.Figure:
     figure = go.Figure()
     for (of, part), color in zip(report.correlations.groupby("of", sort=False), (BLUE, ORANGE), strict=True):
         above, below = part["high"] - part["spearman"], part["spearman"] - part["low"]
-        error = dict(array=above, arrayminus=below, symmetric=False, thickness=1.5, color=GREY)
+        error = dict(array=above, arrayminus=below, symmetric=False, thickness=1.5)
         figure.add_trace(
             go.Bar(y=part["statistic"], x=part["spearman"], error_x=error, name=of, orientation="h", marker_color=color)
         )
@@ -243,10 +244,16 @@ dt { font-weight: 600; } dd { margin: 0; }
 footer { margin-top: 3rem; font-size: 13px; }
 """
 SCRIPT = """
-const figures = JSON.parse(document.getElementById("figures").textContent);
-for (const [name, figure] of Object.entries(figures)) {
-  Plotly.newPlot(`plot-${name}`, figure.data, figure.layout, { responsive: true, displaylogo: false });
+const { figures, looks } = JSON.parse(document.getElementById("figures").textContent);
+const dark = matchMedia("(prefers-color-scheme: dark)");
+function draw() {
+  for (const [name, { data, layout }] of Object.entries(figures)) {
+    const template = dark.matches ? looks.dark : looks.light;
+    Plotly.react(`plot-${name}`, data, { ...layout, template }, { responsive: true, displaylogo: false });
+  }
 }
+dark.addEventListener("change", draw);
+draw();
 """
 MAX_ROWS = 200
 """Rows of a table on the page; what it leaves out, it says."""
@@ -256,8 +263,10 @@ def page(report: RoutingReport) -> str:
     """The whole page as HTML."""
     about = report.counts.about
     drawn = report.plots
-    data = ", ".join(f'"{name}": {figure.to_json()}' for name, figure in drawn.items())
-    data = "{" + data.replace("<", "\\u003c") + "}"  # so that no text can end the <script> it stands in
+    pictures = {name: json.loads(figure.to_json()) for name, figure in drawn.items()}
+    looks = {"light": LOOK.to_plotly_json(), "dark": DARK.to_plotly_json()}
+    data = json.dumps({"figures": pictures, "looks": looks})
+    data = data.replace("<", "\\u003c")  # so that no text can end the <script> it stands in
     library = get_plotlyjs()
     scripts = f"{_hash(library)} {_hash(SCRIPT)}"
     policy = f"default-src 'none'; script-src {scripts}; style-src 'unsafe-inline'; img-src data: blob:"
