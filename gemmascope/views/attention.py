@@ -106,8 +106,8 @@ def _exported(view: AttentionView) -> Iterator[tuple[str, dict[str, int]]]:
     heads = [(layer, head) for layer in range(len(layers)) for head in range(n_heads)]
     if n > 256 or len(heads) * n * n > EXPORTED:
         first, pinned = view.data["start"], view.state["pinned"]
-        chosen = (view.selection.layer, view.selection.head)
-        heads = [tuple(first[i] if one is None else one for i, one in enumerate(chosen))]
+        layer, head = _place(view.selection.layer, len(layers)), _place(view.selection.head, n_heads)
+        heads = [(first[0] if layer is None else layer, first[1] if head is None else head)]
         heads += [] if pinned is None else [tuple(pinned)]
     for of in prompts:
         for layer, shape in enumerate(layers):
@@ -164,12 +164,12 @@ class _Attention:
         queries = sorted({round(q) for q in np.linspace(0, self.n - 1, count)})
         query, key = torch.tensor(queries)[:, None], torch.arange(self.n)
         structured = (key < query - 1) & (key > 0)
-        best = None
+        layer, head, best = _place(layer, len(self.windows)), _place(head, self.n_heads), None
         with self.run.using():
-            for l in range(len(self.windows)) if layer is None else [range(len(self.windows))[layer]]:
+            for l in range(len(self.windows)) if layer is None else [layer]:
                 elsewhere = torch.where(structured, self.rows(l, queries).float().cpu().nan_to_num(0), 0)
                 scores = elsewhere.amax(-1).mean(-1)
-                h = int(scores.argmax()) if head is None else range(self.n_heads)[head]
+                h = int(scores.argmax()) if head is None else head
                 if best is None or scores[h] > best[0]:
                     best = scores[h], (l, h), elsewhere[h]
         _, start, weights = best
@@ -331,6 +331,11 @@ class _Stream:
         own = head // (q.shape[2] // k.shape[2])
         scores = ops.masked_scores(q[:, [pos], head : head + 1], k[:, :, own : own + 1], mask.rows([pos]))
         return scores.softmax(-1)[0, 0, 0]
+
+
+def _place(i: int | None, n: int) -> int | None:
+    """A place among n that somebody selected, as the page takes it: counted from the end where negative."""
+    return None if i is None else min(max(i + n if i < 0 else i, 0), n - 1)
 
 
 def _power_of_two(size: float) -> int:

@@ -66,8 +66,16 @@ export function attentionCut(map, top, left, rows, columns) {
 }
 
 /** The places of the most of some numbers, the largest first; those that are 0 or no numbers are left out. */
-export const attentionTop = (xs, count) =>
-  range(xs.length)
-    .filter((i) => Math.abs(xs[i]) > 0)
-    .sort((a, b) => Math.abs(xs[b]) - Math.abs(xs[a]))
-    .slice(0, count);
+export function attentionTop(xs, count) {
+  const size = (i) => Math.abs(xs[i]);
+  const found = range(xs.length).filter((i) => size(i) > 0);
+  if (found.length <= count || count > 32) return found.sort((a, b) => size(b) - size(a)).slice(0, count);
+  const top = []; // of many, few are wanted: one pass is enough
+  for (const i of found) {
+    if (top.length === count && size(i) <= size(top[count - 1])) continue;
+    const at = top.findIndex((each) => size(i) > size(each));
+    top.splice(at < 0 ? top.length : at, 0, i);
+    top.length = Math.min(top.length, count);
+  }
+  return top;
+}

@@ -66,7 +66,9 @@ export const attentionView = view({
       const { layer, head } = here();
       const same = v.state.pinned?.[0] === layer && v.state.pinned?.[1] === head;
       v.keep(
-        same ? { pinned: null, minus: v.state.minus === "pinned" ? null : v.state.minus } : { pinned: [layer, head] },
+        same
+          ? { pinned: null, minus: v.state.minus === "pinned" ? null : v.state.minus }
+          : { pinned: [layer, head], minus: "pinned" },
       );
     };
     const turn = {
@@ -344,7 +346,7 @@ export const attentionView = view({
         if (legend.dataset.of !== legendKey()) drawLegend();
         const away = reference(now);
         const minus = away ? ` minus ${away.of ? "the other prompt" : named(away)}` : "";
-        mapTitle.textContent = `${named(now)}, ${attentionKind(layers[now.layer])}${minus}`;
+        mapTitle.textContent = `${named(now)} (${attentionKind(layers[now.layer])})${minus}`;
         const pinnedHere = pinned?.[0] === now.layer && pinned?.[1] === now.head;
         band.disabled = layers[now.layer].window === null;
         pinning.textContent = pinnedHere ? "Unpin this head" : "Pin this head";
