@@ -20,7 +20,7 @@ const chosenOf = ({ on, kind, experts, donor }) => ({ on, kind, experts, donor }
 
 export const ablationBench = view({
   name: "Ablation bench",
-  note: "Switch components off, commit, and see what becomes of the next token. Every commit is kept in the log.",
+  note: "Switch components off (dashed until committed), commit, and see what becomes of the next token. Every commit is kept in the log.",
   keys:
     "Among the switches, Space or Enter switches, arrows move, PageUp and PageDown change the layer, [ and ] the component. " +
     "Ctrl+Enter commits, Ctrl+Z undoes, Ctrl+Shift+Z redoes. In the log, arrows go to another entry.",

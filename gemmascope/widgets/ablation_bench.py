@@ -93,6 +93,9 @@ class AblationBench(View, script="ablation_bench.js"):
         kind = (state or {}).get("kind", "zero")
         if kind not in kinds or kinds[kind]:
             raise ValueError(f"kind is {kind!r}; it is one of {', '.join(k for k, why in kinds.items() if not why)}.")
+        donor = (state or {}).get("donor", 0)
+        if not 0 <= donor < max(1, len(donors)):
+            raise ValueError(f"donor is {donor}; the reference prompts are 0 to {len(donors) - 1}.")
         data = {
             "setup": setup,
             "tokens": tokens,

@@ -4,6 +4,7 @@ import { range } from "./numbers.js";
 import { button, h, onKeys, reveal } from "./parts.js";
 
 const BENCH_CELLS = 600; // switches that are drawn at once; in a larger model layers are unfolded one by one
+const BENCH_COLUMNS = 16; // and there, a layer's are laid out in lines of so many
 const BENCH_SHORT = { attn: "attn", mlp: "mlp", dense: "dense", moe: "moe", ple: "ple" };
 
 /** "layer 2 head 1", which is also what a screen reader and a test call the switch. */
@@ -39,7 +40,7 @@ export function benchSwitches(v, { flip, move, fold }) {
     ["expert", experts],
   ].filter(([, count]) => count);
   const el = h("div", { className: "switches", role: "grid", ariaLabel: "Components, by layer" });
-  el.style.setProperty("--cell", `${experts > 99 || heads > 99 ? 30 : 24}px`);
+  el.style.setProperty("--cell", `${experts > 99 || heads > 99 ? 26 : 24}px`);
   let rows = [];
   let buttons = []; // of every row that is drawn, in the order of the page
   let drawn = "";
@@ -59,15 +60,18 @@ export function benchSwitches(v, { flip, move, fold }) {
     });
     label.dataset.key = benchKey(["layer", layer, null]);
     const whole = parts.map((what) => cell("", one([what, layer, null], BENCH_SHORT[what])));
-    const units = groups.map(([what, count]) =>
-      open
-        ? h(
-            "span",
-            { className: "units", role: "presentation" },
-            ...range(count).map((i) => cell("", one([what, layer, i], i))),
-          )
-        : cell("units folded", `${count} ${names[what]}s`),
-    );
+    const drawn = ([what, count]) =>
+      h(
+        "span",
+        { className: "units", role: "presentation" },
+        ...range(count).map((i) => cell("", one([what, layer, i], i))),
+      );
+    const folded = cell("units folded", groups.map(([what, count]) => `${count} ${names[what]}s`).join(", "));
+    const units = !open
+      ? [folded]
+      : small
+        ? groups.map(drawn)
+        : [h("span", { className: "stack", role: "presentation" }, ...groups.map(drawn))];
     return h("div", { className: "line", role: "row" }, h("span", { role: "rowheader" }, label), ...whole, ...units);
   }
   function build(here) {
@@ -78,21 +82,21 @@ export function benchSwitches(v, { flip, move, fold }) {
     const focused = el.contains(document.activeElement);
     rows = open.map((is, layer) => row(layer, is));
     const heading = (className, text) => h("span", { className, role: "columnheader" }, text);
-    const title = { head: "heads", expert: "experts" };
+    const titles = groups.map(([what, count]) => [`${names[what]}s`, count]);
     const head = h(
       "div",
       { className: "line top", role: "row" },
       heading("", "layer"),
       ...parts.map((what, i) => heading("", i ? h("span", { className: "spoken" }, names[what]) : "whole part")),
-      ...groups.map(([what, count]) => {
-        const it = heading("units", title[what]);
-        it.style.setProperty("--count", Math.min(count, 32));
+      ...(small ? titles : [[titles.map(([title]) => title).join(", "), BENCH_COLUMNS]]).map(([title, count]) => {
+        const it = heading("units", title);
+        it.style.setProperty("--count", count);
         return it;
       }),
     );
     el.replaceChildren(head, ...rows);
     for (const units of el.querySelectorAll(".line:not(.top) .units"))
-      units.style.setProperty("--count", Math.min(units.childElementCount, 32));
+      units.style.setProperty("--count", small ? units.childElementCount : BENCH_COLUMNS);
     buttons = [...el.querySelectorAll("button")];
     stand(buttons.find((each) => each.dataset.key === cursor) ?? buttons[1], focused);
   }
@@ -103,7 +107,7 @@ export function benchSwitches(v, { flip, move, fold }) {
     cursor = on.dataset.key;
     if (!focus) return;
     on.focus({ preventScroll: true });
-    reveal(el, on);
+    reveal(el, on, 92);
   }
   function go(component) {
     const key = benchKey(component);
