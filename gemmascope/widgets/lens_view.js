@@ -176,7 +176,8 @@ export const lensView = view({
       const cell = cellOf(there);
       if (!cell)
         return `${where(there)}: not ${inPage("table", there.pos) ? "there yet" : "in this page, but in the notebook"}`;
-      const told = `${where(there)}: ${token(cell.ids[0])} ${number(cell.probs[0])}`;
+      const right = cell.ids[0] === ids[there.pos + 1] ? ", which does follow" : "";
+      const told = `${where(there)}: ${token(cell.ids[0])} ${number(cell.probs[0])}${right}`;
       return `${told}, entropy ${number(cell.entropy, 2)} nats, KL to the output ${number(cell.KL, 2)} nats`;
     }
 

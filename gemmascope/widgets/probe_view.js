@@ -7,6 +7,7 @@ import { scoreStrip } from "./score_strip.js";
 import { view } from "./view.js";
 
 const CONTROL_INK = "#d55e00"; // as in the style sheet
+const CERTAIN = 6; // a logit whose colour is full: p = 0.998
 const PROBE_KEYS =
   "In the chart, arrows change the layer. In the table of what was said, arrows choose whose examples are listed, " +
   "Escape lists all. In the list of examples, up and down. In a text, left and right go from token to token. Enter " +
@@ -66,6 +67,7 @@ export const probeView = view({
     const stripTitle = h("p", { className: "note" });
     const colours = h("div", { className: "controls probed-colours" });
     let shownExample = null;
+    let drawn = false; // the texts, since the last update began
     if (can("examples")) v.body.append(h("div", { className: "heading" }, listTitle, all), list.el);
 
     const typed = h("input", {
@@ -203,6 +205,7 @@ export const probeView = view({
         ask("tokens", { example }, [strip.el, stripTitle], (tokens) => {
           shownExample = { answer: tokens, example };
           drawTexts();
+          drawn = true;
         });
       });
     }
@@ -214,7 +217,8 @@ export const probeView = view({
       const found = both
         .flatMap((what) => range(what.answer.texts.length).map((pos) => Math.abs(own(what, pos))))
         .filter(Number.isFinite);
-      const most = Math.max(1e-6, ...found);
+      const largest = found.reduce((a, b) => Math.max(a, b), 1e-6);
+      const most = kind === "logistic" ? Math.min(largest, CERTAIN) : largest;
       const [from, to] = v.data.span;
       const colourOf = (x) =>
         classes.length ? v.theme.diverging(0.5 + x / (2 * most)) : v.theme.probability((x - from) / (to - from || 1));
@@ -230,7 +234,11 @@ export const probeView = view({
       stripTitle.hidden = !shownExample;
       if (shownExample) stripTitle.textContent = `example ${shownExample.example}; framed: the token that was probed`;
       const ticks = classes.length
-        ? { 0: number(-most, 1), 0.5: "0", 1: number(most, 1) }
+        ? {
+            0: `${most < largest ? "≤" : ""}${number(-most, 1)}`,
+            0.5: "0",
+            1: `${most < largest ? "≥" : ""}${number(most, 1)}`,
+          }
         : { 0: number(from, 1), 1: number(to, 1) };
       const meaning =
         classes.length === 2
@@ -289,8 +297,9 @@ export const probeView = view({
         verdict.classList.toggle("nothing", !evident(i));
         drawNeurons(i);
         if (can("held_out")) drawHeldOut(i);
+        drawn = false;
         if (can("examples")) drawExamples(i);
-        drawTexts();
+        if (!drawn) drawTexts();
       },
       sentence,
       python: can("project") ? () => probePython(axis, places[at()], sites[at()], v.state.text) : undefined,
