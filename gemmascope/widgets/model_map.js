@@ -8,8 +8,12 @@ const MAP_OPENED = 200; // matches of a filter up to which layers open by themse
 
 export const modelMap = view({
   name: "Model map",
-  note: "Every layer, what differs between them, and what each place inside is called: its hook point, by which it is read and changed.",
-  keys: "Right and left open and close a layer, Enter copies a name and selects it, PageUp and PageDown go from layer to layer.",
+  note:
+    "Every layer, what differs between them, and what each place inside is called: its hook point, by which it is " +
+    "read and changed.",
+  keys:
+    "Right and left open and close a layer, Enter copies a name and selects it, PageUp and PageDown go from layer to " +
+    "layer.",
   build(v) {
     const { facts, steps, sites, groups, layers, dtype, norms } = v.data;
     const last = layers.length - 1; // the head; place 0 is the embedding
@@ -40,12 +44,32 @@ export const modelMap = view({
     box.addEventListener("input", () => v.keep({ filter: box.value }));
     const found = h("span", { role: "status" });
     const about = norms ? "numbers at hook points: the norm of what a position holds, mean over the prompt" : "";
-    const tree = h("div", { className: "tree", role: "tree", tabIndex: 0, ariaLabel: "Layers, modules and hook points" });
-    const names = ["", "attention", "heads", "keys, values", "feed-forward", ...(ple ? ["per-layer"] : []), "parameters", "memory"];
-    const head = h("div", { className: "line layer head", ariaHidden: "true" }, ...names.map((name) => h("span", {}, name)));
+    const tree = h("div", {
+      className: "tree",
+      role: "tree",
+      tabIndex: 0,
+      ariaLabel: "Layers, modules and hook points",
+    });
+    const names = [
+      "",
+      "attention",
+      "heads",
+      "keys, values",
+      "feed-forward",
+      ...(ple ? ["per-layer"] : []),
+      "parameters",
+      "memory",
+    ];
+    const head = h(
+      "div",
+      { className: "line layer head", ariaHidden: "true" },
+      ...names.map((name) => h("span", {}, name)),
+    );
     const inner = h("div", { className: `model-map${ple ? " ple" : ""}` }, head, tree);
     const order = h("p", { className: "order" }, "A block, in order: ");
-    steps.forEach(([name, does], i) => order.append(h("b", {}, `${i + 1}\u00a0${name}`), `: ${does}${i < steps.length - 1 ? "; " : "."}`));
+    steps.forEach(([name, does], i) =>
+      order.append(h("b", {}, `${i + 1}\u00a0${name}`), `: ${does}${i < steps.length - 1 ? "; " : "."}`),
+    );
     v.body.append(
       h("p", { className: "facts" }, h("b", { dir: "auto" }, facts[0]), ` · ${facts.slice(1).join(" · ")}`),
       order,
@@ -54,8 +78,10 @@ export const modelMap = view({
     );
 
     // Rows
-    const count = (n) => (n >= 1e9 ? `${(n / 1e9).toFixed(2)} B` : n >= 1e6 ? `${(n / 1e6).toFixed(2)} M` : n.toLocaleString("en"));
-    const bytes = (n) => (n >= 1e9 ? `${(n / 1e9).toFixed(2)} GB` : n >= 1e6 ? `${(n / 1e6).toFixed(1)} MB` : `${(n / 1e3).toFixed(1)} kB`);
+    const count = (n) =>
+      n >= 1e9 ? `${(n / 1e9).toFixed(2)} B` : n >= 1e6 ? `${(n / 1e6).toFixed(2)} M` : n.toLocaleString("en");
+    const bytes = (n) =>
+      n >= 1e9 ? `${(n / 1e9).toFixed(2)} GB` : n >= 1e6 ? `${(n / 1e6).toFixed(1)} MB` : `${(n / 1e3).toFixed(1)} kB`;
     /** What a filter says of names: a regular expression where it is one, a plain text else. */
     function test() {
       const text = v.state.filter;
@@ -86,7 +112,9 @@ export const modelMap = view({
       const top = { id: `l${layer + 1}`, layer, level: 1, sort: "layer", hits: own.length };
       if (!isOpen(layer)) return [top];
       const made = [top];
-      const without = Object.keys(groupOf(layer).modules).filter((name) => !own.some((site) => sites[site].module === name));
+      const without = Object.keys(groupOf(layer).modules).filter(
+        (name) => !own.some((site) => sites[site].module === name),
+      );
       if (!isBlock(layer) && !tested) for (const module of without) made.push(moduleRow(layer, module, 2));
       let [step, module] = [null, ""];
       for (const site of own) {
@@ -102,17 +130,27 @@ export const modelMap = view({
       }
       return made;
     }
-    const moduleRow = (layer, module, level, before = "") => ({ id: `l${layer + 1}m${module}${before}`, layer, level, sort: "module", module });
+    const moduleRow = (layer, module, level, before = "") => ({
+      id: `l${layer + 1}m${module}${before}`,
+      layer,
+      level,
+      sort: "module",
+      module,
+    });
     const path = ({ layer, module }) => (isBlock(layer) ? `model.blocks[${layer}].${module}` : `model.${module}`);
     function weightsOf({ layer, module }) {
       const weights = groupOf(layer).modules[module] ?? [];
       const n = weights.reduce((sum, [, shape]) => sum + shape.reduce((a, b) => a * b, 1), 0);
-      const each = weights.map(([name, shape]) => `${name} ${shape.map((size) => size.toLocaleString("en")).join(" × ")}`);
+      const each = weights.map(
+        ([name, shape]) => `${name} ${shape.map((size) => size.toLocaleString("en")).join(" × ")}`,
+      );
       return `${count(n)} parameters${each.length ? `: ${each.join(", ")}` : ""}`;
     }
     const normOf = ({ layer, site }) => answers.get(layer)?.values[groupOf(layer).sites.indexOf(site)];
     const axesOf = ({ layer, site }) =>
-      sites[site].axes.map((axis) => (layers[layer + 1].sizes[axis] ? `${axis} ${layers[layer + 1].sizes[axis].toLocaleString("en")}` : axis));
+      sites[site].axes.map((axis) =>
+        layers[layer + 1].sizes[axis] ? `${axis} ${layers[layer + 1].sizes[axis].toLocaleString("en")}` : axis,
+      );
     const cell = (text, className = "") => h("span", { className }, text);
 
     function layerCells(row) {
@@ -126,11 +164,25 @@ export const modelMap = view({
       const name = cell(`${isOpen(row.layer) ? "▾" : "▸"} ${one.name}`, "name");
       const hits = tested ? cell(plural(row.hits, "match").replace("matchs", "matches"), "muted") : "";
       if (!isBlock(row.layer))
-        return [name, cell(row.layer < 0 ? "token → stream" : "stream → logits", "muted"), cell(""), cell(""), hits || cell(""), ...(ple ? [cell("")] : []), amount, cell(bytes(one.bytes))];
+        return [
+          name,
+          cell(row.layer < 0 ? "token → stream" : "stream → logits", "muted"),
+          cell(""),
+          cell(""),
+          hits || cell(""),
+          ...(ple ? [cell("")] : []),
+          amount,
+          cell(bytes(one.bytes)),
+        ];
       const experts = one.experts ? ` + ${one.experts[0]} experts of ${one.experts[2]}, ${one.experts[1]} a token` : "";
       return [
         name,
-        h("span", {}, h("i", { className: `kind ${one.kind}` }), one.window ? ` sliding, sees ${one.window.toLocaleString("en")}` : " global, sees all"),
+        h(
+          "span",
+          {},
+          h("i", { className: `kind ${one.kind}` }),
+          one.window ? ` sliding, sees ${one.window.toLocaleString("en")}` : " global, sees all",
+        ),
         cell(`${one.heads} q, ${one.kv_heads} kv`),
         cell(keysOf(one)),
         h("span", {}, `${one.mlp.toLocaleString("en")} wide${experts}`, hits ? " · " : "", hits),
@@ -142,14 +194,20 @@ export const modelMap = view({
     const keysOf = (one) => (one.kv_source !== null ? `of layer ${one.kv_source}` : one.k_is_v ? "own, K = V" : "own");
     function cells(row) {
       if (row.sort === "layer") return layerCells(row);
-      if (row.sort === "step") return [cell(`${row.step + 1} ${steps[row.step][0]}`, "name"), cell(steps[row.step][1], "muted meaning")];
+      if (row.sort === "step")
+        return [cell(`${row.step + 1} ${steps[row.step][0]}`, "name"), cell(steps[row.step][1], "muted meaning")];
       if (row.sort === "module") {
         return [cell(row.module, "name"), cell(weightsOf(row), "muted meaning")];
       }
       const one = sites[row.site];
       const norm = normOf(row);
       const told = one.expansion ? "on demand" : norm === undefined || Number.isNaN(norm) ? "" : number(norm);
-      return [cell(one.name.split(".").at(-1), "name"), cell(axesOf(row).join(" × "), "axes"), cell(one.meaning, "meaning"), cell(told, "norm")];
+      return [
+        cell(one.name.split(".").at(-1), "name"),
+        cell(axesOf(row).join(" × "), "axes"),
+        cell(one.meaning, "meaning"),
+        cell(told, "norm"),
+      ];
     }
     function draw() {
       collect();
@@ -162,7 +220,11 @@ export const modelMap = view({
         el.dataset.id = row.id;
         return el;
       });
-      tree.replaceChildren(...(elements.length ? elements : [h("div", { className: "line", role: "treeitem" }, "No hook point has that in its name or meaning.")]));
+      tree.replaceChildren(
+        ...(elements.length
+          ? elements
+          : [h("div", { className: "line", role: "treeitem" }, "No hook point has that in its name or meaning.")]),
+      );
       ask();
     }
     /** Norms of the layers that are open, one after another. */
@@ -178,7 +240,11 @@ export const modelMap = view({
     }
 
     // Moving and choosing
-    const at = () => Math.max(0, rows.findIndex(({ id }) => id === cursor));
+    const at = () =>
+      Math.max(
+        0,
+        rows.findIndex(({ id }) => id === cursor),
+      );
     function moveTo(i) {
       const row = rows[clamp(i, 0, rows.length - 1)];
       if (!row) return;
@@ -198,7 +264,11 @@ export const modelMap = view({
       v.select(row.sort === "site" ? { ...changes, site: filled(row.site, row.layer) } : changes);
       v.refresh();
       const text = row.sort === "site" ? filled(row.site, row.layer) : row.sort === "module" ? path(row) : "";
-      if (text) navigator.clipboard?.writeText(text).then(() => v.say(`Copied. ${sentence()}`), () => {});
+      if (text)
+        navigator.clipboard?.writeText(text).then(
+          () => v.say(`Copied. ${sentence()}`),
+          () => {},
+        );
     }
     function sideways(right) {
       const row = rows[at()];
@@ -210,7 +280,12 @@ export const modelMap = view({
       const here = tops.findLastIndex(([, i]) => i <= at());
       moveTo(tops[clamp(here + by, 0, tops.length - 1)][1]);
     };
-    const others = { Enter: () => act(rows[at()]), " ": () => act(rows[at()]), PageUp: () => jump(-1), PageDown: () => jump(1) };
+    const others = {
+      Enter: () => act(rows[at()]),
+      " ": () => act(rows[at()]),
+      PageUp: () => jump(-1),
+      PageDown: () => jump(1),
+    };
     onKeys(
       tree,
       (columns, lines) => {
@@ -245,10 +320,15 @@ export const modelMap = view({
       const amount = `${one.parameters.toLocaleString("en")} parameters, ${bytes(one.bytes)} in ${dtype}`;
       if (row.sort === "layer") {
         if (!isBlock(row.layer)) return `${one.name}: ${amount}`;
-        const sees = one.window ? `sliding, a query sees ${plural(one.window, "position")}` : "global, a query sees every position";
+        const sees = one.window
+          ? `sliding, a query sees ${plural(one.window, "position")}`
+          : "global, a query sees every position";
         const experts = one.experts ? ` and ${one.experts[0]} experts, ${one.experts[1]} a token` : "";
-        const keys = { "own, K = V": "its own keys, which are its values too", own: "its own keys and values" }[keysOf(one)];
-        const heads = `${plural(one.heads, "query head")}, ${plural(one.kv_heads, "kv head")}, ${keys ?? `keys and values ${keysOf(one)}`}`;
+        const keys = { "own, K = V": "its own keys, which are its values too", own: "its own keys and values" }[
+          keysOf(one)
+        ];
+        const counted = `${plural(one.heads, "query head")}, ${plural(one.kv_heads, "kv head")}`;
+        const heads = `${counted}, ${keys ?? `keys and values ${keysOf(one)}`}`;
         return `${one.name}: ${sees}; ${heads}; feed-forward ${one.mlp} wide${experts}; ${amount}`;
       }
       if (row.sort === "step") return `${one.name}, step ${row.step + 1}: ${steps[row.step].join(", ")}`;
@@ -293,7 +373,12 @@ export const modelMap = view({
         rows: layers.flatMap((_, i) =>
           groupOf(i - 1).sites.map((site) => {
             const norm = normOf({ layer: i - 1, site });
-            const row = [filled(site, i - 1), isBlock(i - 1) ? i - 1 : "", sites[site].axes.join(" "), shown(sites[site].meaning)];
+            const row = [
+              filled(site, i - 1),
+              isBlock(i - 1) ? i - 1 : "",
+              sites[site].axes.join(" "),
+              shown(sites[site].meaning),
+            ];
             return [...row, ...(norms ? [norm ?? ""] : [])];
           }),
         ),

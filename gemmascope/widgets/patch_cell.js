@@ -10,7 +10,12 @@ export function patchTokens(v, pick) {
   let shownIds = [];
   let at = -1;
   const list = h("div", { className: "list", role: "listbox", tabIndex: 0, ariaLabel: "Next token before and after" });
-  const head = h("div", { className: "line head", ariaHidden: "true" }, h("span", {}, "next token"), ...PATCH_RUNS.map((run) => h("span", {}, run)));
+  const head = h(
+    "div",
+    { className: "line head", ariaHidden: "true" },
+    h("span", {}, "next token"),
+    ...PATCH_RUNS.map((run) => h("span", {}, run)),
+  );
   const el = h("div", { className: "patch-tokens" }, head, list);
   const move = (i) => shownIds.length && pick(shownIds[clamp(i, 0, shownIds.length - 1)]);
   onKeys(list, (columns, rows) => move(at + columns + rows));
@@ -19,7 +24,12 @@ export function patchTokens(v, pick) {
     if (option) move([...list.children].indexOf(option));
   });
   const amount = (run, p) =>
-    h("span", { className: "amount" }, number(p), h("span", { className: `bar ${run}`, style: `width: ${clamp(p, 0, 1) * 100}%` }));
+    h(
+      "span",
+      { className: "amount" },
+      number(p),
+      h("span", { className: `bar ${run}`, style: `width: ${clamp(p, 0, 1) * 100}%` }),
+    );
   return {
     el,
     show({ ids, tokens, probs }, token) {

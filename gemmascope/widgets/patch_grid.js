@@ -1,5 +1,5 @@
-// A patching sweep as a grid that fills in while it runs: the page asks for one pass after another, so that to stop is to
-// ask no more.
+// A patching sweep as a grid that fills in while it runs: the page asks for one pass after another, so that to stop is
+// to ask no more.
 
 import { matrix } from "./matrix.js";
 import { canonical, clamp, number, plural, range, shown } from "./numbers.js";
@@ -19,15 +19,18 @@ const PATCH_AXES = {
   neuron: "neuron",
 };
 const PATCH_AXES_SAID = { pos: "position" };
+const PATCH_PLACES = ["facet", "row", "column"];
 
 export const patchGrid = view({
   name: ({ offers, title }) => (offers ? "Patching" : title),
   note: ({ offers }) =>
     offers
-      ? "Each cell puts one activation of one run into the other, and its colour says how much of the difference between " +
-        "the two runs comes with it: which place carries the information, by cause and not by correlation."
+      ? "Each cell puts one activation of one run into the other, and its colour says how much of the difference " +
+        "between the two runs comes with it: which place carries the information, by cause and not by correlation."
       : "A cell for each thing that was varied; its colour is the figure that was measured there.",
-  keys: "Enter runs the cell at the cursor again, [ and ] go through the pictures of a third axis.",
+  keys:
+    "Enter runs the cell at the cursor again; PageUp and PageDown go from layer to layer, [ and ] from head to head, " +
+    "or through the pictures of another axis.",
   build(v) {
     const { title, prompts, offers } = v.data;
     const live = Boolean(offers) && !v.page;
@@ -56,7 +59,13 @@ export const patchGrid = view({
       name: "Cells of the sweep",
       pick: (row, column) => choose({ row, column }),
       peek: (place) => v.say(sentence(place ?? {})),
-      others: { Enter: () => again(), "[": () => turn(-1), "]": () => turn(1) },
+      others: {
+        Enter: () => again(),
+        PageUp: () => along("layer", -1),
+        PageDown: () => along("layer", 1),
+        "[": () => along("head", -1),
+        "]": () => along("head", 1),
+      },
     });
     map.canvas.addEventListener("click", () => again());
     map.el.hidden = true;
@@ -94,7 +103,8 @@ export const patchGrid = view({
       const field = PATCH_AXES[axis.name];
       const now = field === undefined ? null : v.now[field];
       const found = axis.entries.indexOf(now < 0 && now !== null ? now + axis.entries.length : now);
-      return found >= 0 ? found : clamp(own[axis.name] ?? 0, 0, axis.entries.length - 1);
+      const otherwise = own[axis.name] ?? (axis.name === "pos" ? Infinity : 0); // the last position, as other views
+      return found >= 0 ? found : clamp(otherwise, 0, axis.entries.length - 1);
     }
     const at = () => {
       const [facet, row, column] = axes().map(indexOn);
@@ -106,7 +116,7 @@ export const patchGrid = view({
       const to = { ...at(), ...place };
       axes().forEach((axis, i) => {
         if (!axis) return;
-        const index = [to.facet, to.row, to.column][i];
+        const index = to[PATCH_PLACES[i]];
         own[axis.name] = index;
         if (axis.name in PATCH_AXES) changes[PATCH_AXES[axis.name]] = axis.entries[index];
       });
@@ -123,7 +133,15 @@ export const patchGrid = view({
       return live && offers.sites.find((one) => one.hook === hook && one.site !== v.state.site);
     }
     const take = () => pickSite(elsewhere().site);
-    const turn = (by) => grid && choose({ facet: clamp(at().facet + by, 0, sizes()[0] - 1) });
+    /** Steps along an axis; where there is none of that name, through the pictures. */
+    function along(name, by) {
+      if (!grid) return;
+      const i = Math.max(
+        0,
+        axes().findIndex((axis) => axis?.name === name),
+      );
+      choose({ [PATCH_PLACES[i]]: clamp(at()[PATCH_PLACES[i]] + by, 0, sizes()[i] - 1) });
+    }
     /** Which of a column's positions the cells are of: that of the run which they change. */
     const side = () => (v.state.direction === "noising" ? 0 : 1);
     function pickColumn(column) {
@@ -227,7 +245,8 @@ export const patchGrid = view({
       if (!image || image.facet !== place.facet) image = code();
       const [facet, down, across] = axes();
       const names = (axis) => (axis ? range(axis.entries.length).map((i) => label(axis, i)) : [""]);
-      const long = across.tokens.some((token) => token !== null) || across.entries.some((one) => typeof one !== "number");
+      const long =
+        across.tokens.some((token) => token !== null) || across.entries.some((one) => typeof one !== "number");
       map.show({
         image: image.image,
         rows: names(down),
@@ -238,16 +257,22 @@ export const patchGrid = view({
         head: long ? 92 : 74,
         most: 56,
       });
-      const choices = facet && facet.entries.map((entry, i) => [String(i), typeof entry === "number" ? String(entry) : label(facet, i)]);
-      const turnTo = (i) => choose({ facet: Number(i) });
-      facets.replaceChildren(facet ? choice(named(facet), choices, String(place.facet), turnTo) : "");
+      if (facet) facets.querySelector("select").value = String(place.facet);
       tell(place);
+    }
+    function offerFacets() {
+      const [facet] = axes();
+      if (!facet) return facets.replaceChildren();
+      const name = (entry, i) => (typeof entry === "number" ? String(entry) : label(facet, i));
+      const options = facet.entries.map((entry, i) => [String(i), name(entry, i)]);
+      facets.replaceChildren(choice(named(facet), options, "0", (i) => choose({ facet: Number(i) })));
     }
     function tell(place) {
       const cell = numberAt(place);
       const mine = told && told.key === of && told.cell === cell ? told : null;
       heading.textContent = where(place);
-      const value = cell < 0 ? NaN : Number.isNaN(grid.values.values[cell]) ? (mine?.value ?? NaN) : grid.values.values[cell];
+      const value =
+        cell < 0 ? NaN : Number.isNaN(grid.values.values[cell]) ? (mine?.value ?? NaN) : grid.values.values[cell];
       const line = (name, text) => h("span", {}, h("span", { className: "what" }, name), " ", h("b", {}, text));
       const spread = grid.interval && cell >= 0 ? [0, 1].map((i) => number(grid.interval.values[cell * 2 + i])) : null;
       lines.replaceChildren(
@@ -261,7 +286,7 @@ export const patchGrid = view({
     }
     const where = (place) =>
       axes()
-        .map((axis, i) => axis && `${named(axis)} ${label(axis, [place.facet, place.row, place.column][i])}`)
+        .map((axis, i) => axis && `${named(axis)} ${label(axis, place[PATCH_PLACES[i]])}`)
         .filter(Boolean)
         .map((text) => text.replace(/^(\w+) \1 /, "$1 "))
         .join(", ");
@@ -283,7 +308,13 @@ export const patchGrid = view({
       facts.replaceChildren(
         h("b", { dir: "auto" }, `${grid.unit}${about}`),
         each.length ? `: ${each.join(", ")}` : "",
-        pair ? h("small", { dir: "auto" }, `${title}; ${plural(pair.differing, "token")} differ${pair.differing === 1 ? "s" : ""}`) : "",
+        pair
+          ? h(
+              "small",
+              { dir: "auto" },
+              `${title}; ${plural(pair.differing, "token")} differ${pair.differing === 1 ? "s" : ""}`,
+            )
+          : "",
       );
     }
     function offer() {
@@ -298,9 +329,15 @@ export const patchGrid = view({
       }
       const sites = offers.sites.map((one) => [one.site, `${one.site}: ${one.meaning}`]);
       const all = bys.some((one) => canonical(one) === canonical(by)) ? bys : [...bys, by];
+      const focused = controls.getRootNode().activeElement?.ariaLabel;
       controls.replaceChildren(
         choice("patch", known ? sites : [...sites, [site, site]], site, pickSite),
-        choice("by", all.map((one) => [canonical(one), joined(one)]), canonical(by), (to) => v.keep({ by: JSON.parse(to) })),
+        choice(
+          "by",
+          all.map((one) => [canonical(one), joined(one)]),
+          canonical(by),
+          (to) => v.keep({ by: JSON.parse(to) }),
+        ),
         choice(
           "direction",
           [
@@ -310,8 +347,14 @@ export const patchGrid = view({
           direction,
           (to) => v.keep({ direction: to }),
         ),
-        choice("measure", offers.metrics.map(({ name }) => name), metric, (to) => v.keep({ metric: to })),
+        choice(
+          "measure",
+          offers.metrics.map(({ name }) => name),
+          metric,
+          (to) => v.keep({ metric: to }),
+        ),
       );
+      [...controls.querySelectorAll("select")].find((one) => one.ariaLabel === focused)?.focus();
     }
 
     return {
@@ -327,6 +370,7 @@ export const patchGrid = view({
           grid = answer;
           map.el.hidden = false;
           head();
+          offerFacets();
           draw();
           status();
           v.refresh();
@@ -340,11 +384,11 @@ export const patchGrid = view({
         if (!offers) return row;
         const { site, by, direction, metric } = v.state;
         const made = offers.metrics.find(({ name }) => name === metric).python;
-        const axes = `(${by.map((name) => `"${name}"`).join(", ")})`;
+        const what = `${JSON.stringify(site)}, (${by.map((name) => `"${name}"`).join(", ")})`;
         const way = direction === "noising" ? ', direction="noising"' : "";
         return [
           made === null ? "# metric: the function that gs.patch_grid was given" : `metric = ${made}`,
-          `result = gs.activation_patching(model, clean, corrupted, metric, "${site}", ${axes}${way}${offers.call})`,
+          `result = gs.activation_patching(model, clean, corrupted, metric, ${what}${way}${offers.call})`,
           row,
         ].join("\n");
       },
@@ -360,7 +404,9 @@ export const patchGrid = view({
         const far = ({ value }) => (Number.isNaN(value) ? -1 : Math.abs(share(value) - grid.nothing));
         cells.sort((a, b) => far(b) - far(a));
         const none = (x) => (Number.isNaN(x) ? null : x);
-        const known = axes().map((axis, i) => [axis, i]).filter(([axis]) => axis);
+        const known = axes()
+          .map((axis, i) => [axis, i])
+          .filter(([axis]) => axis);
         return {
           columns: [...known.map(([axis]) => axis.name), grid.unit, ...(grid.shares ? ["recovered"] : [])],
           rows: cells.map(({ places, value }) => [

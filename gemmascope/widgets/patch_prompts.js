@@ -29,7 +29,13 @@ export function patchPrompts(v, { clean, corrupted, columns }, pick) {
     const option = event.target.closest("[role=option]");
     if (option) pick(options.indexOf(option));
   });
-  const names = h("div", { className: "names", ariaHidden: "true" }, h("small", {}, "pos"), h("span", {}, "clean"), h("span", {}, "corrupted"));
+  const names = h(
+    "div",
+    { className: "names", ariaHidden: "true" },
+    h("small", {}, "pos"),
+    h("span", {}, "clean"),
+    h("span", {}, "corrupted"),
+  );
   return {
     el: h("div", { className: "patch-prompts" }, names, list),
     differing: differ.filter(Boolean).length,

@@ -102,9 +102,16 @@ def test_enter_runs_the_cell_again_and_shows_the_next_token_before_and_after(ope
 def test_what_is_patched_is_state_and_its_python_gives_the_number(open_view, settled, model):
     grid = grid_of(model, site="z", by=("layer", "head", "pos"))
     page = open_view(grid)
+    page.locator(".matrix").focus()
+    page.keyboard.press("PageDown")
+    page.keyboard.press("]")
+    settled(page)
+    assert (grid.selection.layer, grid.selection.head) == (1, 1)
+    page.get_by_label("patch", exact=True).focus()
     page.get_by_label("patch", exact=True).select_option("moe.hook_expert_out")
     settled(page)
     assert grid.state["site"] == "moe.hook_expert_out" and grid.state["by"] == ["layer", "expert"]
+    assert page.evaluate("() => document.activeElement.ariaLabel") == "patch"  # the keyboard stays where it was
     page.get_by_label("direction").select_option("noising")
     page.get_by_label("measure").select_option("KL (nats)")
     settled(page)
@@ -165,8 +172,10 @@ def test_any_result_is_a_grid(open_file):
         "made up", cells.to_frame(index=False), figures, "nats", {"clean": torch.ones(1)}, {"tokens": tokens}, "clean"
     )
     page = open_file(html_of(result.view()))
-    assert status(page) == "kind ab, layer 0, position 0 w: nats -1.000"
+    assert status(page) == "kind ab, layer 0, position 3 z: nats -0.609"
     page.locator(".matrix").focus()
+    page.keyboard.press("Home")
+    assert status(page) == "kind ab, layer 0, position 0 w: nats -1.000"
     page.keyboard.press("]")
     page.keyboard.press("ArrowRight")
     assert status(page).startswith("kind <b>, layer 0, position 1 </script>")
@@ -175,4 +184,4 @@ def test_any_result_is_a_grid(open_file):
     assert status(page).startswith("kind ab, layer 0, position 1")
     assert "1 cell not run" in page.locator(".legend").inner_text()
     page = open_file(html_of(result.only(kind="ab", layer=1).view()))
-    assert status(page).startswith("position 0 w: nats")
+    assert status(page).startswith("position 3 z: not run")
