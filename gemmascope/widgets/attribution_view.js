@@ -51,7 +51,8 @@ export const attributionView = view({
       else if (kind === "embed" && now.layer !== before?.layer) kind = "attn";
       before = now;
     }
-    const strongest = (values) => values.reduce((best, x, i) => (Math.abs(x) > Math.abs(values[best]) ? i : best), 0);
+    const strongest = (values) =>
+      values.reduce((best, x, i) => (Math.abs(x) > (Math.abs(values[best]) || 0) ? i : best), 0);
     function looked(components) {
       const now = v.now;
       if (kind === "embed") return parts[0];
@@ -91,10 +92,10 @@ export const attributionView = view({
     controls.append(h("span", { className: "choice" }, back, " after ", where, " ", next), form);
 
     // The picture, and what opens below it.
-    const peek = (part) => v.say(part ? said(part) : sentence());
     const headBy = (by) =>
       now.part?.kind === "attn" && choose({ ...now.part, head: clamp(now.head + by, 0, nHeads - 1) });
     const layerBy = (by) =>
+      now.part &&
       choose({
         layer: clamp((now.part.layer ?? (by > 0 ? -1 : 0)) + by, 0, layers.length - 1),
         kind: now.part.kind === "embed" ? "attn" : now.part.kind,
@@ -123,10 +124,18 @@ export const attributionView = view({
     const deeper = { ...walk, Enter: into(list.el) };
     const fall = waterfall(v, {
       pick: (i) => i < parts.length && choose(parts[i]),
-      peek: (i) => peek(i === null ? null : steps()[i]),
+      peek: (i) => v.say(i === null ? sentence() : said(steps()[i])),
       others: deeper,
     });
-    const grid = attributionGrid(v, { pick: choose, peek, others: deeper });
+    const grid = attributionGrid(v, {
+      pick(part) {
+        choose(part);
+        v.refresh(); // its cursor also goes where nothing else is selected
+      },
+      peek: (text) => v.say(text ?? sentence()),
+      said,
+      others: deeper,
+    });
     const picture = () => (v.state.form === "grid" ? grid : fall);
     const heading = () => h("h4");
     const [total, listTitle, stripTitle, innerTitle] = [heading(), heading(), heading(), heading()];
@@ -182,8 +191,10 @@ export const attributionView = view({
       return `Head ${now.head} of layer ${now.part.layer} from ${label(key)}: ${signedNumber(values.values[key], 4)}, attention ${number(attention.values[key])}`;
     }
     function sentence() {
-      if (!now.components) return `${label(at())}: not read yet`;
+      if (now.pos !== at()) return `After ${label(at())}: ${v.page ? "not in this page" : "not read yet"}`;
       const { part, head, key } = now;
+      const whole = `After ${label(now.pos)}, ${what(now.components)} ${signedNumber(now.components.total)}`;
+      if (v.state.form === "grid" && part.kind !== "embed") return `${whole} · ${grid.told()}`;
       const opened =
         part.kind === "attn" && now.heads
           ? [said({ ...part, head })]
@@ -191,12 +202,7 @@ export const attributionView = view({
             ? [said({ ...part, expert: now.expert })]
             : [];
       const source = part.kind === "attn" && now.sources && v.now.key !== null ? [saidOfSource(key)] : [];
-      return [
-        `After ${label(now.pos)}, ${what(now.components)} ${signedNumber(now.components.total)}`,
-        said(part),
-        ...opened,
-        ...source,
-      ].join(" · ");
+      return [whole, said(part), ...opened, ...source].join(" · ");
     }
 
     // Drawing.
@@ -217,18 +223,10 @@ export const attributionView = view({
         ? [h("span", {}, `after the soft cap of ${softcap}: ${signedNumber(components.capped)}`)]
         : [];
       if (v.state.form === "grid") {
-        const cursor =
-          part.kind === "embed"
-            ? { layer: 0, kind: "attn" }
-            : {
-                ...part,
-                ...(part.kind === "mlp" && nExperts
-                  ? { expert: now.expert }
-                  : part.kind === "attn" && v.now.head !== null
-                    ? { head: now.head }
-                    : {}),
-              };
-        const reach = grid.show(now, cursor, said(part));
+        const cursor = part.kind === "embed" ? { layer: 0, kind: "attn" } : { ...part };
+        if (part.kind === "mlp" && nExperts) cursor.expert = now.expert;
+        if (part.kind === "attn" && v.now.head !== null) cursor.head = now.head;
+        const reach = grid.show(now, cursor);
         const ends = { 0: signedNumber(-reach, 2), 0.5: "0", 1: signedNumber(reach, 2) };
         const hatched = h("span", {}, h("i", { className: "missing" }), nExperts ? " not chosen" : " no number");
         const embedding = h("span", {}, `the embedding, not in the grid: ${signedNumber(components.values.values[0])}`);
@@ -409,6 +407,7 @@ export const attributionView = view({
       },
       sentence,
       python() {
+        if (!now.components) return "";
         const { part, head, expert, key, components } = now;
         const [correct, wrong] = pair();
         const call = (by) =>
@@ -440,6 +439,8 @@ export const attributionView = view({
         return lines.join("\n");
       },
       table() {
+        const columns = ["what", "layer", "part", "adds"];
+        if (!now.components) return { columns, rows: [] };
         const rows = steps().map(({ layer, kind, value }) => ["component", layer, kind, value]);
         now.heads?.values.forEach((x, i) => rows.push(["head", Math.floor(i / nHeads), i % nHeads, x]));
         now.experts?.values.forEach((x, i) =>
@@ -453,7 +454,7 @@ export const attributionView = view({
         now.sources?.values.values.forEach((x, key) =>
           rows.push([`source of head ${now.head}`, now.part.layer, label(key), x]),
         );
-        return { columns: ["what", "layer", "part", "adds"], rows };
+        return { columns, rows };
       },
       picture: () => picture().canvas,
     };

@@ -137,6 +137,13 @@ def test_the_grid_by_keyboard(open_view, settled, run, capsys):
     settled(page)
     assert view.selection.site == "blocks.3.hook_mlp_out"
     shown(page, "Layer 3 feed-forward")
+    assert "The experts of layer 3 together: " in said(page)
+    walk = {"Left": ["The dense branch", "Attention"], "Right": ["The dense branch", "The experts", "Head 0"]}
+    for way, names in walk.items():
+        for name in names:
+            page.keyboard.press(f"Arrow{way}")
+            settled(page)
+            assert f"{name} of layer 3" in said(page)
     page.keyboard.press("End")
     settled(page)
     assert view.selection.expert == 7
