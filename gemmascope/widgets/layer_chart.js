@@ -3,7 +3,7 @@
 import { clamp, range } from "./numbers.js";
 import { h, onKeys, svg } from "./parts.js";
 
-const EDGE = { top: 8, right: 10, bottom: 20, left: 44 };
+const CHART_EDGE = { top: 8, right: 10, bottom: 20, left: 44 };
 const CHART_FONT = 6; // pixels a character of a name takes, about
 
 /** `name` is what a screen reader calls it; `pick(i)` hears of clicks and keys. Give it a width with `layout(pixels)`,
@@ -41,11 +41,13 @@ export function layerChart(v, { name, pick }) {
     show(next) {
       now = next;
       const { names, low = 0, high = 1, ticks, series, at, height = 150 } = next;
-      const [right, bottom] = [width - EDGE.right, height - EDGE.bottom];
+      const [right, bottom] = [width - CHART_EDGE.right, height - CHART_EDGE.bottom];
       const place = next.place ?? ((value) => (value - low) / (high - low));
       across = (i) =>
-        names.length === 1 ? (EDGE.left + right) / 2 : EDGE.left + (i / (names.length - 1)) * (right - EDGE.left);
-      const y = (value) => bottom - clamp(place(value), 0, 1) * (bottom - EDGE.top);
+        names.length === 1
+          ? (CHART_EDGE.left + right) / 2
+          : CHART_EDGE.left + (i / (names.length - 1)) * (right - CHART_EDGE.left);
+      const y = (value) => bottom - clamp(place(value), 0, 1) * (bottom - CHART_EDGE.top);
       const point = (value, i) => `${across(i).toFixed(1)},${y(value).toFixed(1)}`;
       const coloured = (one, what, colour) => {
         if (colour) one.style[what] = colour;
@@ -53,7 +55,7 @@ export function layerChart(v, { name, pick }) {
       };
       const drawn = ({ values, colour, className = "", dots = "here", band }) => {
         const numbers = [...values];
-        const parts = runs(numbers).map((run) =>
+        const parts = chartRuns(numbers).map((run) =>
           coloured(
             svg("polyline", { class: className, points: run.map((i) => point(numbers[i], i)).join(" ") }),
             "stroke",
@@ -76,7 +78,7 @@ export function layerChart(v, { name, pick }) {
         return [...parts, ...(dots === "none" ? [] : marked.map((i) => coloured(dot(i), "fill", colour)))];
       };
       const room = Math.max(...names.map((each) => each.length)) * CHART_FONT + 8;
-      const step = Math.ceil((room * names.length) / (right - EDGE.left));
+      const step = Math.ceil((room * names.length) / (right - CHART_EDGE.left));
       const named = (i) => i === at || (i % step === 0 && Math.abs(i - at) >= step);
       const anchor = (i) =>
         names.length === 1 || names[i].length < 3
@@ -89,15 +91,15 @@ export function layerChart(v, { name, pick }) {
       const label = (i) =>
         svg("text", { class: i === at ? "here" : "", x: across(i), y: height - 5, "text-anchor": anchor(i) }, names[i]);
       const rules = Object.entries(ticks).flatMap(([value, text]) => [
-        svg("line", { class: "rule", x1: EDGE.left, x2: right, y1: y(Number(value)), y2: y(Number(value)) }),
-        svg("text", { x: EDGE.left - 5, y: y(Number(value)) + 3.5, "text-anchor": "end" }, text),
+        svg("line", { class: "rule", x1: CHART_EDGE.left, x2: right, y1: y(Number(value)), y2: y(Number(value)) }),
+        svg("text", { x: CHART_EDGE.left - 5, y: y(Number(value)) + 3.5, "text-anchor": "end" }, text),
       ]);
       picture.replaceChildren(
         svg(
           "svg",
           { viewBox: `0 0 ${width} ${height}`, width, height },
           ...rules,
-          svg("line", { class: "cursor", x1: across(at), x2: across(at), y1: EDGE.top, y2: bottom }),
+          svg("line", { class: "cursor", x1: across(at), x2: across(at), y1: CHART_EDGE.top, y2: bottom }),
           ...series.flatMap(drawn),
           ...range(names.length).filter(named).map(label),
         ),
@@ -108,7 +110,7 @@ export function layerChart(v, { name, pick }) {
 }
 
 /** The stretches of numbers between those that are none. */
-function runs(values) {
+function chartRuns(values) {
   const found = [[]];
   values.forEach((value, i) => (Number.isFinite(value) ? found.at(-1).push(i) : found.push([])));
   return found.filter((run) => run.length);

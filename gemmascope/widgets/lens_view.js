@@ -6,10 +6,10 @@ import { barList, button, choice, h, paintOn, scale } from "./parts.js";
 import { positionTable } from "./position_table.js";
 import { view } from "./view.js";
 
-const MAX_PINS = 6;
+const LENS_PINS = 6;
 const LENS_INK = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"]; // Okabe and Ito's, one a pin
-const READ = { resid_post: "after the layer", resid_mid: "after attention", resid_mlp: "after feed-forward" };
-const FLOOR = 1e-6; // the lowest probability of a logarithmic axis
+const LENS_READ = { resid_post: "after the layer", resid_mid: "after attention", resid_mlp: "after feed-forward" };
+const LENS_FLOOR = 1e-6; // the lowest probability of a logarithmic axis
 
 export const lensView = view({
   name: "Lens",
@@ -28,7 +28,7 @@ export const lensView = view({
     const after = (row) =>
       row === 0 ? "embed" : row === layers && v.state.site === "resid_post" ? "output" : `layer ${row - 1}`;
     const where = ({ pos, row }) => {
-      const part = row > 0 && v.state.site !== "resid_post" ? ` ${READ[v.state.site]}` : "";
+      const part = row > 0 && v.state.site !== "resid_post" ? ` ${LENS_READ[v.state.site]}` : "";
       return `${after(row)}${part} at ${label(pos)}`;
     };
 
@@ -111,11 +111,11 @@ export const lensView = view({
 
     // Pins.
     const isPinned = (id) => v.state.pins.includes(id);
-    const full = () => v.state.pins.length >= MAX_PINS;
+    const full = () => v.state.pins.length >= LENS_PINS;
     function pin(id) {
       if (isPinned(id)) return v.keep({ pins: v.state.pins.filter((one) => one !== id) });
       v.notice(
-        full() ? `${MAX_PINS} tokens are pinned, which is as many as can be told apart: take one away first.` : "",
+        full() ? `${LENS_PINS} tokens are pinned, which is as many as can be told apart: take one away first.` : "",
       );
       if (!full()) v.keep({ pins: [...v.state.pins, id] });
     }
@@ -184,7 +184,7 @@ export const lensView = view({
     function drawControls() {
       const { lens, site, colour } = v.state;
       const only = (options, chosen) => (v.page ? options.filter(([value]) => value === chosen) : options);
-      const sites = Object.entries(READ).filter(([value]) => lens === "logit" || value === "resid_post");
+      const sites = Object.entries(LENS_READ).filter(([value]) => lens === "logit" || value === "resid_post");
       const lenses = [
         ["logit", "logit"],
         ["tuned", "tuned"],
@@ -246,7 +246,7 @@ export const lensView = view({
       const { measure } = v.state;
       const faint = cell.ids.filter((id) => id !== picked && !isPinned(id) && courses.has(id));
       const strong = [...v.state.pins, ...(isPinned(picked) ? [] : [picked])].filter((id) => courses.has(id));
-      const axis = axisOf(
+      const axis = lensAxis(
         measure,
         strong.map((id) => courses.get(id)),
         v.data.vocabulary,
@@ -359,7 +359,7 @@ export const lensView = view({
 });
 
 /** Scale and ticks of the chart: { low, high, ticks, place, values(course) }. */
-function axisOf(measure, courses, vocabulary) {
+function lensAxis(measure, courses, vocabulary) {
   if (measure === "rank") {
     const high = Math.log10(vocabulary);
     const ticks = Object.fromEntries(
@@ -369,7 +369,11 @@ function axisOf(measure, courses, vocabulary) {
   }
   if (measure === "log probability") {
     const ticks = { 1: "1", 0.01: "1e-2", 0.0001: "1e-4", 0.000001: "≤1e-6" };
-    return { ticks, place: (p) => 1 - Math.log(Math.max(p, FLOOR)) / Math.log(FLOOR), values: ({ probs }) => probs };
+    return {
+      ticks,
+      place: (p) => 1 - Math.log(Math.max(p, LENS_FLOOR)) / Math.log(LENS_FLOOR),
+      values: ({ probs }) => probs,
+    };
   }
   const most = Math.max(0, ...courses.flatMap(({ probs }) => [...probs].filter(Number.isFinite)));
   const high = [0.001, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5].find((one) => one >= most) ?? 1;

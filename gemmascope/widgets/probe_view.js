@@ -6,8 +6,8 @@ import { button, choice, h, onKeys, paintOn, reveal, scale, svg } from "./parts.
 import { scoreStrip } from "./score_strip.js";
 import { view } from "./view.js";
 
-const CONTROL_INK = "#d55e00"; // as in the style sheet
-const CERTAIN = 6; // a logit whose colour is full: p = 0.998
+const PROBE_CONTROL = "#d55e00"; // as in the style sheet
+const PROBE_CERTAIN = 6; // a logit whose colour is full: p = 0.998
 const PROBE_KEYS =
   "In the chart, arrows change the layer. In the table of what was said, arrows choose whose examples are listed, " +
   "Escape lists all. In the list of examples, up and down. In a text, left and right go from token to token. Enter " +
@@ -19,8 +19,8 @@ export const probeView = view({
   keys: PROBE_KEYS,
   build(v) {
     const { axis, places, unit, folds, kind, classes, versus, answered, sites } = v.data;
-    const [mean, low, high] = rowsOf(v.data.score);
-    const control = v.data.control ? rowsOf(v.data.control) : null;
+    const [mean, low, high] = probeRows(v.data.score);
+    const control = v.data.control ? probeRows(v.data.control) : null;
     const chance = v.data.chance.values;
     const n = places.length;
     const can = (question) => answered.includes(question);
@@ -55,13 +55,13 @@ export const probeView = view({
     const left = h("div", {}, legend, chart.el);
     v.body.append(h("div", { className: "split" }, left, panel));
 
-    const confusion = confusionTable(v, { classes, pick: (cell) => v.keep({ cell, example: null }) });
+    const confusion = probeConfusion(v, { classes, pick: (cell) => v.keep({ cell, example: null }) });
     const dots = h("div", { className: "chart dots" });
     const errors = h("p", { className: "note" });
     if (can("held_out")) said.append(h("h4", {}, "held-out examples"), classes.length ? confusion.el : dots, errors);
 
     const listTitle = h("h4");
-    const list = exampleList(v, (example) => v.keep({ example }));
+    const list = probeExamples(v, (example) => v.keep({ example }));
     const all = button("All examples", () => v.keep({ cell: null, example: null }));
     const strip = scoreStrip(v, { name: "Example", told: (pos) => tellToken(shownExample, pos) });
     const stripTitle = h("p", { className: "note" });
@@ -131,7 +131,9 @@ export const probeView = view({
       const two = classes.length === 2;
       const which = two ? (own > 0 ? 1 : 0) : scores.indexOf(Math.max(...scores));
       const share =
-        kind !== "logistic" ? "" : `, p = ${number(two ? 1 / (1 + Math.exp(-Math.abs(own))) : softmax(scores)[which])}`;
+        kind !== "logistic"
+          ? ""
+          : `, p = ${number(two ? 1 / (1 + Math.exp(-Math.abs(own))) : probeShares(scores)[which])}`;
       const score = two ? number(own) : `${number(own)} of ${shown(classes[target()])}`;
       return `${where}: score ${score}, read as ${shown(classes[which])}${share}`;
     }
@@ -151,7 +153,7 @@ export const probeView = view({
         dots: "all",
         band: { low, high },
       });
-      if (control) series.push(lined("control", control, CONTROL_INK));
+      if (control) series.push(lined("control", control, PROBE_CONTROL));
       series.push(lined("probe", [mean, low, high]));
       chart.show({
         ...axisValues,
@@ -163,7 +165,7 @@ export const probeView = view({
       });
     }
     function drawLegend() {
-      const line = (className, text) => h("span", {}, h("i", { className: `line ${className}` }), ` ${text}`);
+      const line = (className, text) => h("span", {}, h("i", { className: `probe-line ${className}` }), ` ${text}`);
       legend.replaceChildren(
         h("span", {}, `${unit} by ${axis}; bands: 95 % over folds`),
         line("probe", "probe"),
@@ -181,7 +183,7 @@ export const probeView = view({
     }
     function drawHeldOut(i) {
       ask("held_out", { place: i }, [said], (answer) => {
-        if (!classes.length) return dots.replaceChildren(scatter(answer, v.data.span));
+        if (!classes.length) return dots.replaceChildren(probeScatter(answer, v.data.span));
         const counts = answer.counts.values;
         confusion.show(counts, v.state.cell);
         const wrong = range(counts.length).reduce((sum, k) => sum + (k % (classes.length + 1) ? counts[k] : 0), 0);
@@ -218,7 +220,7 @@ export const probeView = view({
         .flatMap((what) => range(what.answer.texts.length).map((pos) => Math.abs(own(what, pos))))
         .filter(Number.isFinite);
       const largest = found.reduce((a, b) => Math.max(a, b), 1e-6);
-      const most = kind === "logistic" ? Math.min(largest, CERTAIN) : largest;
+      const most = kind === "logistic" ? Math.min(largest, PROBE_CERTAIN) : largest;
       const [from, to] = v.data.span;
       const colourOf = (x) =>
         classes.length ? v.theme.diverging(0.5 + x / (2 * most)) : v.theme.probability((x - from) / (to - from || 1));
@@ -318,9 +320,9 @@ export const probeView = view({
   },
 });
 
-const rowsOf = ({ shape, values }) =>
+const probeRows = ({ shape, values }) =>
   range(shape[0]).map((row) => values.subarray(row * shape[1], (row + 1) * shape[1]));
-const softmax = (xs) => {
+const probeShares = (xs) => {
   const most = Math.max(...xs);
   const powers = xs.map((x) => Math.exp(x - most));
   const sum = powers.reduce((a, b) => a + b, 0);
@@ -341,7 +343,7 @@ function probeTicks(least, most) {
 }
 
 /** What was said of each label's examples. `pick([label, said] or null)` hears of clicks and keys. */
-function confusionTable(v, { classes, pick }) {
+function probeConfusion(v, { classes, pick }) {
   const n = classes.length;
   const row = (...cells) => h("div", { role: "row" }, ...cells);
   const head = (text, role) => h("div", { role, className: "name", title: shown(text), dir: "auto" }, shown(text));
@@ -350,7 +352,7 @@ function confusionTable(v, { classes, pick }) {
     "div",
     { className: "confusion", role: "grid", tabIndex: 0, ariaLabel: "What was said of each label's examples" },
     row(
-      h("div", { role: "columnheader", className: "corner" }, "label ↓ said →"),
+      h("div", { role: "columnheader", className: "axes" }, "label ↓ said →"),
       ...classes.map((text) => head(text, "columnheader")),
     ),
     ...classes.map((text, i) => row(head(text, "rowheader"), ...cells.slice(i * n, (i + 1) * n))),
@@ -389,7 +391,7 @@ function confusionTable(v, { classes, pick }) {
 }
 
 /** Examples with their labels and what was said of them; `pick(number)` hears of clicks and keys. */
-function exampleList(v, pick) {
+function probeExamples(v, pick) {
   const el = h("div", { className: "probed-examples", role: "listbox", tabIndex: 0, ariaLabel: "Examples" });
   let numbers = [];
   let at = 0;
@@ -423,7 +425,7 @@ function exampleList(v, pick) {
 }
 
 /** What was said of held-out examples against their labels, and the line where both are the same. */
-function scatter({ labels, said }, [from, to]) {
+function probeScatter({ labels, said }, [from, to]) {
   const [size, edge] = [220, 34];
   const all = [from, to, ...said.values];
   const { low, high, ticks } = probeTicks(Math.min(...all), Math.max(...all));
