@@ -45,10 +45,9 @@ def test_the_keyboard_opens_a_layer_and_selects_a_hook_point(open_view, settled,
     exec("\n".join(lines), names)
     assert f"{float(eval(last, names)):.3f}" == shown
     page.locator(".tree").focus()
-    page.keyboard.press("ArrowLeft")
-    page.keyboard.press("ArrowLeft")
-    page.keyboard.press("ArrowLeft")
-    settled(page)
+    for _ in range(3):
+        page.keyboard.press("ArrowLeft")
+        settled(page)
     assert view.state["open"] == []
 
 

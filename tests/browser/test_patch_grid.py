@@ -72,7 +72,7 @@ def test_enter_runs_the_cell_again_and_shows_the_next_token_before_and_after(ope
     page.locator(".matrix").focus()
     for key in ("Home", "ArrowDown", "ArrowDown", "ArrowRight", "End"):
         page.keyboard.press(key)
-    settled(page)
+        settled(page)
     assert (grid.selection.layer, grid.selection.pos) == (2, 14)
     assert page.locator(".patch-prompts [aria-selected=true]").inner_text().split("\n")[0] == "14"
     page.keyboard.press("Enter")
@@ -103,9 +103,9 @@ def test_what_is_patched_is_state_and_its_python_gives_the_number(open_view, set
     grid = grid_of(model, site="z", by=("layer", "head", "pos"))
     page = open_view(grid)
     page.locator(".matrix").focus()
-    page.keyboard.press("PageDown")
-    page.keyboard.press("]")
-    settled(page)
+    for key in ("PageDown", "]"):
+        page.keyboard.press(key)
+        settled(page)
     assert (grid.selection.layer, grid.selection.head) == (1, 1)
     page.get_by_label("patch", exact=True).focus()
     page.get_by_label("patch", exact=True).select_option("moe.hook_expert_out")
