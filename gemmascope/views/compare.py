@@ -40,11 +40,19 @@ def likeliest(
     """The likeliest next tokens of either run: `ids` [pos, 2 * top], -1 where the second names one of the first again,
     with the probability and the logit of each before and after, `p` and `logit` [run, pos, 2 * top]."""
     top = min(top, before.shape[1])
-    runs = torch.stack((ops.wide(before), ops.wide(after)))
+    step = max(1, _BLOCK // (2 * before.shape[1]))
+    pieces = [
+        _likeliest(torch.stack((ops.wide(before[start : start + step]), ops.wide(after[start : start + step]))), top)
+        for start in range(0, len(before), step)
+    ]
+    ids, probs, logits = (torch.cat(parts, dim=-2) for parts in zip(*pieces, strict=True))
+    return {"ids": ids, "p": probs, "logit": logits}
+
+
+def _likeliest(runs: Float[Tensor, "run pos d_vocab"], top: int) -> tuple[Tensor, Tensor, Tensor]:
     best = runs.nan_to_num().topk(top, dim=-1).indices
     ids = torch.cat((best[0], best[1]), dim=-1)
-    again = (best[1][:, :, None] == best[0][:, None, :]).any(-1)
     logits = runs.gather(-1, ids.expand(2, -1, -1))
     probs = runs.softmax(-1).gather(-1, ids.expand(2, -1, -1))
-    ids = ids.masked_fill(torch.cat((torch.zeros_like(again), again), dim=-1), -1)
-    return {"ids": ids, "p": probs, "logit": logits}
+    again = (best[1][:, :, None] == best[0][:, None, :]).any(-1)
+    return ids.masked_fill(torch.cat((torch.zeros_like(again), again), dim=-1), -1), probs, logits

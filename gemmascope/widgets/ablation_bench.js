@@ -36,8 +36,14 @@ export const ablationBench = view({
     const namesOf = (on) => (on.length ? on.map(nameOf).join(", ") : "nothing");
     const staged = () => chosenOf(v.state);
     const committed = () => chosenOf(v.state.log[v.state.at] ?? NO_ABLATION);
-    // What a commit would change: without anything off, the kind does not matter.
-    const same = (a, b) => canonical(a) === canonical(b) || (!a.on.length && !b.on.length);
+    /** What of a choice matters to the model. */
+    function essence({ on, kind, experts, donor }) {
+      const routed = on.some(([what]) => what === "expert");
+      const others = on.some(([what]) => what !== "expert");
+      const how = [routed && experts, others && kind, others && kind === "resample" && donor];
+      return canonical([on.map(benchKey).sort(), how]);
+    }
+    const same = (a, b) => essence(a) === essence(b);
     const at = () => place(v.now.pos, n, n - 1);
     const questionOf = (chosen) => ({ ...chosen, block: Math.floor(at() / block) });
     const keysOf = ({ on }) => new Set(on.map(benchKey));
@@ -204,7 +210,7 @@ export const ablationBench = view({
       const pos = at();
       const off = v.state.on.filter(([what, l]) => what === "neuron" && l === layer).map(([, , index]) => index);
       const draw = (ids, values) => {
-        neuronTitle.textContent = `Neurons of layer ${layer}${ids.length ? `, largest at ${pos} ${shown(tokens[pos])}` : ""}`;
+        neuronTitle.textContent = `${v.data.experts ? "Neurons of the dense branch" : "Neurons"} of layer ${layer}${ids.length ? `, largest at ${pos} ${shown(tokens[pos])}` : ""}`;
         const all = [...new Set([...off, ...ids])];
         neurons.hidden = v.page && !all.length;
         const focused = neuronList.contains(document.activeElement) && document.activeElement.dataset.key;

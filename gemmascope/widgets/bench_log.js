@@ -85,7 +85,8 @@ export function benchPython(made, { pos, kl, loss, difference }, pair, top) {
       "differences = [(run[0, pos, right] - run[0, pos, wrong]).item() for run in (before, logits)]",
       print("{differences[0]:.3f} -> {differences[1]:.3f}", "logit difference", both(difference, 3)),
     );
+  lines.push("was, now = (run[0, pos].float().softmax(-1) for run in (before, logits))");
   for (const { id, text, p } of top)
-    lines.push(print(`{p[${id}].exp():.4f} -> {q[${id}].exp():.4f}`, shown(text).slice(0, 40), both(p, 4)));
+    lines.push(print(`{was[${id}]:.4f} -> {now[${id}]:.4f}`, shown(text).slice(0, 40), both(p, 4)));
   return lines.join("\n");
 }

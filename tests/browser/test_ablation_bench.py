@@ -5,8 +5,10 @@ import io
 import re
 
 import pytest
+import torch
 
 import gemmascope as gs
+from gemmascope.testing import tiny_model
 from gemmascope.widgets.export import page as html_of
 
 pytestmark = pytest.mark.browser
@@ -157,3 +159,16 @@ def test_an_exported_page_shows_what_was_committed(open_view, open_file, settled
     head = switch(page, "layer 2 head 2")
     assert head.get_attribute("aria-checked") == "false" and head.is_disabled()
     assert "no model to run" in head.get_attribute("title")
+
+
+def test_a_large_model_unfolds_the_layer_that_is_selected(open_view):
+    kinds = tuple("global" if layer % 6 == 5 else "sliding" for layer in range(30))
+    view = gs.ablation_bench(tiny_model("26B-A4B", n_layers=30, layer_kinds=kinds, n_experts=64), torch.arange(5, 9))
+    page = open_view(view)
+    assert page.get_by_role("switch").count() < 200
+    assert switch(page, "layer 7 expert 63").count() == 0
+    view.selection.layer, view.selection.head = 7, 2
+    switch(page, "layer 7 expert 63").wait_for()
+    assert page.locator(".switch.here").get_attribute("aria-label") == "layer 7 head 2"
+    page.get_by_role("button", name="layer 8, sliding").click()
+    switch(page, "layer 8 head 0").wait_for()
