@@ -160,7 +160,7 @@ class _Attention:
     def first_look(self, layer: int | None, head: int | None) -> tuple[tuple[int, int], list[tuple[int, int, float]]]:
         """(layer, head) that look hardest at one key other than the first token, themselves and the token before, where
         heads rest that have nothing to say; and the head's strongest such edges. What is given is kept."""
-        count = min(self.n, max(16, (1 << 22) // self.n), 256)
+        count = min(self.n, max(16, (1 << 20) // self.n), 256)
         queries = sorted({round(q) for q in np.linspace(0, self.n - 1, count)})
         query, key = torch.tensor(queries)[:, None], torch.arange(self.n)
         structured = (key < query - 1) & (key > 0)
@@ -293,6 +293,11 @@ class _Stream:
             self.cache._refuse_if_changed(name)
             q, k = self.cache._qk(self.layer, name)
             mask = self.cache._masks[self.cache.model.layer(self.layer).kind]
+            if mask.image_blocks is not None:
+                raise ValueError(
+                    f"Positions of an image see each other both ways, which maps of over {LONG} tokens leave out: "
+                    "give a shorter prompt."
+                )
             self._qk = q.to(mask.device), k.to(mask.device), mask
         return self._qk
 
@@ -323,8 +328,17 @@ class _Stream:
         """The pattern of some rows and keys of a head, at the cost of these, once the rows were read."""
         self.read(rows)
         q, k, mask = self.qk
-        chosen = [torch.arange(some.start, some.stop, device=q.device) for some in (rows, keys)]
-        return ops.attention_tiles(q, k, self.lse, mask, torch.tensor([head], device=q.device), *chosen)[0, 0]
+        found = torch.zeros(rows.stop - rows.start, keys.stop - keys.start, dtype=self.lse.dtype, device=q.device)
+        one = torch.tensor([head], device=q.device)
+        window = self.n if mask.window is None else mask.window
+        for start in range(rows.start, rows.stop, TILE):  # what a few rows see is a part of the keys only
+            stop = min(start + TILE, rows.stop)
+            first, end = max(keys.start, start - window + 1), min(keys.stop, stop)
+            if first < end:
+                some, seen = (torch.arange(a, b, device=q.device) for a, b in ((start, stop), (first, end)))
+                weights = ops.attention_tiles(q, k, self.lse, mask, one, some, seen)[0, 0]
+                found[start - rows.start : stop - rows.start, first - keys.start : end - keys.start] = weights
+        return found
 
     def row(self, head: int, pos: int) -> Float[Tensor, " key"]:
         q, k, mask = self.qk
