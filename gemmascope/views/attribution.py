@@ -92,17 +92,19 @@ class _Reader:
 
     def __init__(self, run: Run):
         self.run, self.cfg = run, run.model.cfg
-        self.kinds = ["attn", "mlp", "ple"] if self.cfg.d_ple else ["attn", "mlp"]
         cfg = self.cfg
+        self.kinds = ["attn", "mlp", "ple"] if cfg.d_ple else ["attn", "mlp"]
         experts = (cfg.experts_per_token or 0) * (cfg.d_expert or 0)
         size = cfg.n_layers * (4 * cfg.d_model + cfg.n_heads * cfg.d_head_global + 2 * cfg.d_mlp_narrow + experts)
-        self.stride = max(1, HELD // size)
+        self.stride = max(1, HELD // size)  # positions held together
+        self.at = functools.lru_cache(maxsize=1)(self._at)
         self.held = functools.lru_cache(maxsize=2)(self._held)
+        self.of_layer = functools.lru_cache(maxsize=2)(self._of_layer)
 
     def _held(self, number: int) -> ActivationCache:
         return at_positions(self.run.cache, slice(number * self.stride, (number + 1) * self.stride))
 
-    def at(self, pos: int) -> _Place:
+    def _at(self, pos: int) -> _Place:
         logits = self.run.logits[pos].float()
         likeliest = logits.topk(min(LIKELIEST, len(logits))).indices.tolist()
         held = self.held(pos // self.stride)
@@ -127,7 +129,7 @@ class _Reader:
         """Every component, in the order of the run; what they leave; and the tokens to choose from."""
         found = self.shares(pos, correct, wrong, "component")
         first, second = self.pair(pos, correct, wrong)
-        logits, likeliest = self.at(pos).logits, self.at(pos).likeliest
+        _, logits, likeliest = self.at(pos)
         return {
             "pos": pos,
             "correct": self._named(first),
@@ -156,12 +158,16 @@ class _Reader:
 
     def sources(self, pos: int, correct: int | None, wrong: int | None, layer: int, head: int) -> dict[str, Any]:
         """What a head took from each token, and the attention it paid it."""
+        values, attention = self.of_layer(pos, correct, wrong, layer)
+        return {"values": values[head], "attention": attention[head]}
+
+    def _of_layer(
+        self, pos: int, correct: int | None, wrong: int | None, layer: int
+    ) -> Float[np.ndarray, "2 head key"]:
+        """What all heads took and the attention they paid: they come at one price."""
         found = self.shares(pos, correct, wrong, "source", layer)
-        pattern = self.run.cache.pattern(layer, heads=head, rows=[pos])
-        return {
-            "values": array(found.values[0].unflatten(0, (self.cfg.n_heads, -1))[head]),
-            "attention": array(pattern.flatten()),
-        }
+        pattern = self.run.cache.pattern(layer, rows=[pos])
+        return np.stack([array(x.reshape(self.cfg.n_heads, -1)) for x in (found.values[0], pattern)])
 
     def neurons(
         self, pos: int, correct: int | None, wrong: int | None, layer: int, expert: int | None
