@@ -75,12 +75,13 @@ export const ablationBench = view({
       if (same(chosen, committed())) return v.say("Nothing was switched since the last commit.");
       running = true;
       drawControls();
+      const pos = at();
       const question = questionOf(chosen);
       const answer = await v.run("effect", question);
       running = false;
       if (!answer) return drawControls();
       take(answer, question);
-      const kept = [...v.state.log, { ...chosen, ...figures() }].slice(-MAX_LOG);
+      const kept = [...v.state.log, { ...chosen, ...figures(pos) }].slice(-MAX_LOG);
       v.keep({ log: kept, at: kept.length - 1 });
       if (v.state.live && !same(staged(), committed())) commit(); // switched while it ran
     }
@@ -109,24 +110,23 @@ export const ablationBench = view({
     };
 
     // Figures at the position
-    const row = () => at() % block;
-    const first = (run) =>
-      likeliestTokens(effect, effect.texts, row(), Infinity).reduce((a, b) => (b.p[run] > a.p[run] ? b : a));
-    const ends = (of) => (of ? [0, 1].map((run) => of.values[run * n + at()]) : null);
+    const first = (run, pos) =>
+      likeliestTokens(effect, effect.texts, pos % block, Infinity).reduce((a, b) => (b.p[run] > a.p[run] ? b : a));
+    const ends = (of, pos) => (of ? [0, 1].map((run) => of.values[run * n + pos]) : null);
     const clean = (x) => (Number.isFinite(x) ? x : null);
-    function figures() {
+    function figures(pos) {
       return {
-        pos: at(),
-        kl: clean(effect.kl.values[at()]),
+        pos,
+        kl: clean(effect.kl.values[pos]),
         loss: effect.loss,
-        difference: ends(effect.difference)?.map(clean) ?? null,
-        first: [0, 1].map((run) => ({ text: first(run).text.slice(0, 40), p: clean(first(run).p[run]) })),
+        difference: ends(effect.difference, pos)?.map(clean) ?? null,
+        first: [0, 1].map((run) => ({ text: first(run, pos).text.slice(0, 40), p: clean(first(run, pos).p[run]) })),
       };
     }
     const pairName = pair ? `logit ${pair.map(({ text }) => shown(text)).join(" − ")}` : "";
     const facts = h("dl", { className: "facts" });
     function drawFacts() {
-      const { kl, loss, difference } = figures();
+      const { kl, loss, difference } = figures(at());
       const by = ([before, after]) =>
         before === null || after === null
           ? ""
@@ -300,6 +300,7 @@ export const ablationBench = view({
       redoButton.ariaDisabled = String(running || v.page || state.at >= state.log.length - 1);
       clearButton.ariaDisabled = String(v.page || !state.on.length);
       const off = `${plural(state.on.length, "component")} off`;
+      pending.title = namesOf(state.on);
       pending.textContent = fixedPage || (running ? `${off}, running …` : ready ? `${off}, not committed` : off);
     }
 
@@ -344,7 +345,7 @@ export const ablationBench = view({
       const question = questionOf(committed());
       const draw = () => {
         drawFacts();
-        bars.show(likeliestTokens(effect, effect.texts, row()), v.now.token);
+        bars.show(likeliestTokens(effect, effect.texts, at() % block), v.now.token);
       };
       if (shownFor === canonical(question)) return draw();
       if (running) return; // what comes takes its place
@@ -357,9 +358,9 @@ export const ablationBench = view({
     }
     function sentence() {
       if (!effect) return "";
-      const { kl } = figures();
+      const { kl } = figures(at());
       const { on, kind } = committed();
-      const [was, is] = [first(0), first(1)];
+      const [was, is] = [first(0, at()), first(1, at())];
       const off = on.length ? `${namesOf(on)} off (${kind})` : "nothing is switched off";
       return `${off}; after ${at()} ${shown(tokens[at()])}: KL ${fixed(kl, 4)} nats, ${shown(was.text)} ${fixed(was.p[0], 4)} → ${shown(is.text)} ${fixed(is.p[1], 4)}`;
     }
@@ -383,8 +384,8 @@ export const ablationBench = view({
       sentence,
       python() {
         if (!effect) return "";
-        const top = likeliestTokens(effect, effect.texts, row());
-        return benchPython(effect.python, figures(), pair, top);
+        const top = likeliestTokens(effect, effect.texts, at() % block);
+        return benchPython(effect.python, figures(at()), pair, top);
       },
       table: log.table,
     };

@@ -66,7 +66,7 @@ export function benchSwitches(v, { flip, move, fold }) {
         { className: "units", role: "presentation" },
         ...range(count).map((i) => cell("", one([what, layer, i], i))),
       );
-    const folded = cell("units folded", groups.map(([what, count]) => `${count} ${names[what]}s`).join(", "));
+    const folded = cell("units folded");
     const units = !open
       ? [folded]
       : small
@@ -152,7 +152,15 @@ export function benchSwitches(v, { flip, move, fold }) {
       const there = followed !== last && buttons.find((each) => each.dataset.key === followed);
       if (there && !el.contains(document.activeElement)) stand(there, false); // Tab goes to what others selected
       last = followed;
-      rows.forEach((each, layer) => each.classList.toggle("here", layer === here.layer));
+      const layersOff = [...off].map((key) => JSON.parse(key)).filter(([, , index]) => index !== null);
+      rows.forEach((each, layer) => {
+        each.classList.toggle("here", layer === here.layer);
+        const folded = each.querySelector(".folded");
+        if (!folded) return;
+        const count = layersOff.filter(([, one]) => one === layer).length;
+        const has = groups.map(([what, many]) => `${many} ${names[what]}s`).join(", ");
+        folded.textContent = count ? `${has}; ${count} off` : has;
+      });
       const picked = [
         ["head", here.layer, here.head],
         ["expert", here.layer, here.expert],
