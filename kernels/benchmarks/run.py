@@ -25,6 +25,7 @@ from statistics import median
 import torch
 from experiment_rows import experiment_rows
 from rows import ROWS, Row
+from view_rows import view_rows
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results.csv"
@@ -126,7 +127,7 @@ def main() -> int:
     options = parser.parse_args()
     rows = [
         row
-        for row in (*ROWS, *experiment_rows())
+        for row in (*ROWS, *experiment_rows(), *view_rows())
         if not options.wanted or any(word in row.name for word in options.wanted)
     ]
     if not rows:
