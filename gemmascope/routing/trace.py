@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
+from gemmascope import ops
 from gemmascope.config import PRESETS
 from gemmascope.hooks import Reader
 from gemmascope.results import about
@@ -260,6 +261,11 @@ def numbered(labels: Sequence[Label], real: Bool[Tensor, "prompt pos"], names: l
     return numbers
 
 
+def likeliest(logits: Float[Tensor, "*batch_and_pos d_vocab"]) -> Int[Tensor, " *batch_and_pos"]:
+    """argmax. On a CPU numpy's, which is vectorised as torch's is not: 2 ms and 20 for 8192 tokens of 1328."""
+    return torch.from_numpy(ops.wide(logits).numpy().argmax(-1)) if logits.is_cpu else logits.argmax(-1)
+
+
 ROUTER = ("indices", "weights", "probs")
 
 
@@ -271,7 +277,7 @@ def run_traced(
     layers, seen = tuple(range(model.cfg.n_layers)), {}
     sites = [f"blocks.{layer}.moe.router.hook_{what}" for layer in layers for what in ROUTER]
     with model.hooks([(site, Reader(seen.__setitem__)) for site in sites]):
-        predicted = model(tokens, attention_mask=mask).argmax(-1)
+        predicted = likeliest(model(tokens, attention_mask=mask))
     by_layer = {what: [seen[f"blocks.{layer}.moe.router.hook_{what}"] for layer in layers] for what in ROUTER}
     routed = {what: torch.stack(found) for what, found in by_layer.items()}
     real = torch.ones_like(predicted, dtype=torch.bool) if mask is None else mask.bool()

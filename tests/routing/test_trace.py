@@ -6,8 +6,10 @@ import pytest
 import torch
 
 import gemmascope as gs
+from gemmascope.model.text import Block
 from gemmascope.results import about
 from gemmascope.routing.counts import MARGIN_EDGES
+from gemmascope.routing.trace import likeliest
 from gemmascope.testing import tiny_model
 
 WIDTHS = (9, 4, 9, 1, 7)
@@ -238,6 +240,39 @@ def test_only_routers_are_watched(model, texts, monkeypatch):
     monkeypatch.setattr(model, "hooks", lambda fwd: (watched.extend(name for name, _ in fwd), hooks(fwd))[1])
     count(model, texts)
     assert len(watched) == 18 and all("moe.router.hook_" in name for name in watched)
+
+
+def test_a_watched_router_leaves_the_rest_fused_and_equal(model, monkeypatch):
+    tokens = torch.randint(3, 101, (2, 9))
+    plain, seen = model(tokens), []
+    monkeypatch.setattr(Block, "with_sites", lambda *_: pytest.fail("A block ran step by step."))
+    for part in ("in", "logits", "probs", "indices", "weights"):
+        name = f"blocks.2.moe.router.hook_{part}"
+        assert torch.equal(model.run_with_hooks(tokens, fwd_hooks=[(name, lambda x, hook: seen.append(x))]), plain)
+    assert len(seen) == 5
+    first = [("blocks.2.moe.router.hook_weights", lambda x, hook: x * torch.tensor([1.0, 0, 0]))]
+    changed = model.run_with_hooks(tokens, fwd_hooks=first)
+    monkeypatch.undo()
+    both = [*first, ("blocks.2.hook_resid_mid", lambda x, hook: seen.append(x))]
+    assert torch.equal(model.run_with_hooks(tokens, fwd_hooks=both), changed) and not torch.equal(changed, plain)
+    with pytest.raises(ValueError, match="blocks.2.moe.router.hook_weights would never run"):
+        model.run_with_hooks(tokens, fwd_hooks=first, stop_at_layer=1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_the_likeliest_token_is_the_argmax(dtype):
+    logits = torch.randn(2, 5, 40).to(dtype)
+    found = likeliest(logits)
+    assert found.shape == (2, 5) and torch.equal(logits.gather(-1, found[..., None])[..., 0], logits.amax(-1))
+
+
+def test_counts_from_a_folder_learn_the_texts_of_new_tokens(tmp_path):
+    nano = gs.load("nano-moe")
+    count(nano, ["When Mary and John"]).save(tmp_path)
+    kept = gs.RoutingCounts.read(tmp_path)
+    count(nano, ["The capital of Norland is"], into=kept)
+    assert {" Mary", " Norland"} <= set(kept.texts.values())
+    assert set(kept.texts) == set(torch.stack([*kept.seen.values()]).any(0).nonzero()[:, 0].tolist())
 
 
 def test_what_is_refused(model, texts, tmp_path):
