@@ -30,6 +30,7 @@ from gemmascope.results import about
 from gemmascope.routing.trace import (
     Label,
     RoutingTrace,
+    entropy_of,
     margins_of,
     numbered,
     read_files,
@@ -208,7 +209,7 @@ class RoutingCounts:
         self._add("weight", by_rank, weights)
         self._add("prob", by_layer, probs)
         self._add("top1", by_layer, probs.amax(-1))
-        self._add("entropy", by_layer, torch.special.entr(probs).sum(-1))
+        self._add("entropy", by_layer, entropy_of(probs))
         margins = margins_of(probs, self.k)
         self._add("margin", by_layer, margins)
         bins = torch.bucketize(margins.double(), MARGIN_EDGES[1:-1], right=True)
