@@ -1,6 +1,7 @@
 """Routing traces and counts: what they hold, how they join, what they refuse."""
 
 import itertools
+import signal
 
 import pytest
 import torch
@@ -317,6 +318,23 @@ def test_what_is_refused(model, texts, tmp_path):
         gs.RoutingCounts.read(tmp_path)
     with pytest.raises(ValueError, match="temperature is for a generation"):
         gs.trace_routing(model, texts[0], temperature=1.0)
+
+
+def test_ctrl_c_waits_until_a_batch_is_counted(model, texts, monkeypatch):
+    counts, add_steps = gs.RoutingCounts(model), gs.RoutingCounts._add_steps
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background, shells ignore it
+
+    def pressed(self, *args):
+        signal.raise_signal(signal.SIGINT)
+        add_steps(self, *args)
+
+    monkeypatch.setattr(gs.RoutingCounts, "_add_steps", pressed)
+    with pytest.raises(KeyboardInterrupt):
+        count(model, texts, LABELS, batch_size=2, into=counts)
+    monkeypatch.undo()
+    assert counts.n_tokens == sum(WIDTHS[:2])
+    same_counts(counts, count(model, texts[:2], LABELS[:2]))
+    assert signal.signal(signal.SIGINT, before) is signal.default_int_handler
 
 
 def test_what_was_counted_before_a_bad_text_stays(model, texts):
