@@ -269,15 +269,16 @@ def others_of(cell: tuple[int, int], n_experts: int, seed: int) -> list[tuple[in
 def _matched(
     chosen: Int[Tensor, "text pos slot"], expert: int, real: Bool[Tensor, "text pos"], generator: torch.Generator
 ) -> Bool[Tensor, "text pos slot"]:
-    """As many random tokens as chose an expert, and at each a random slot that is not its own."""
-    own = (chosen == expert).cpu()
-    real, n = real.cpu(), int((own.any(-1) & real.cpu()).sum())
-    order = torch.rand(real.shape, generator=generator).masked_fill(~real, 2.0)
+    """As many random tokens as chose an expert, and at each a random slot that is not its own; fewer where there are no
+    more that have such a slot, at one expert a token."""
+    own, real = (chosen == expert).cpu(), real.cpu()
+    free, n = real & ~own.all(-1), int((own.any(-1) & real).sum())
+    order = torch.rand(real.shape, generator=generator).masked_fill(~free, 2.0)
     tokens = torch.zeros(real.numel(), dtype=torch.bool)
-    tokens[order.flatten().argsort()[:n]] = True
+    tokens[order.flatten().argsort()[: min(n, int(free.sum()))]] = True
     slot = torch.rand(own.shape, generator=generator).masked_fill(own, -1.0).argmax(-1)
     hit = F.one_hot(slot, own.shape[-1]).bool() & tokens.view(real.shape)[..., None]
-    return hit.to(chosen.device) & ~own.to(chosen.device)
+    return hit.to(chosen.device)
 
 
 @torch.no_grad()

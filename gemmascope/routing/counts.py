@@ -33,6 +33,7 @@ from gemmascope.routing.trace import (
     entropy_of,
     margins_of,
     numbered,
+    plain,
     read_files,
     refuse_dense,
     refuse_other_model,
@@ -176,9 +177,14 @@ class RoutingCounts:
         """Counts every token of a trace, which Ctrl-C does not cut short; padding is left out.
 
         Raises:
-            ValueError: for a trace of another model, or one without tokens (as `cache.routing`).
+            ValueError: for a trace of another model, of some layers, or without tokens (as `cache.routing`).
         """
         refuse_other_model(self.about, trace.about)
+        if list(trace.layers) != self.layers:
+            came = ", ".join(map(str, trace.layers))
+            raise ValueError(
+                f"This trace is of layers {came}; counts are of all {len(self.layers)}: take trace_routing."
+            )
         if trace.tokens is None or trace.predicted is None:
             raise ValueError("This trace does not know its tokens, as cache.routing does not: take trace_routing.")
         trace = trace.batched().to("cpu")
@@ -365,8 +371,8 @@ def count_routing(
         into: counts to go on with, in place; what was counted stays, also when a text raises.
 
     Raises:
-        ValueError: for a dense model, no texts, an empty text, another number of labels than texts, or `into` of
-            another model.
+        ValueError: for a dense model, no texts, a text that is empty or none, another number of labels than texts, or
+            `into` of another model.
     """
     refuse_dense(model)
     counts = RoutingCounts(model, vocabulary) if into is None else into
@@ -377,6 +383,7 @@ def count_routing(
     if not 0 < window <= model.cfg.n_ctx:
         raise ValueError(f"window is {window}: {model.cfg.model_name} reads 1 to {model.cfg.n_ctx} tokens at once.")
     texts = [texts] if isinstance(texts, str) else texts
+    labels = [labels] if isinstance(labels, str) else labels
     sizes = [len(given) if hasattr(given, "__len__") else None for given in (texts, labels)]
     if labels is not None and None not in sizes and sizes[0] != sizes[1]:
         raise ValueError(f"There are {sizes[1]} labels for {sizes[0]} texts: give one for each.")
@@ -400,11 +407,14 @@ def windows(model, texts, labels, window: int) -> Iterator[tuple[Tensor, Label]]
         label = ALL if whose is None else next(whose, None)
         if label is None:
             raise ValueError(f"There are labels for {number} texts, and more texts: give one for each.")
-        empty = not len(text)
+        if not isinstance(text, str | Tensor) or (isinstance(text, Tensor) and text.ndim != 1):
+            came = f"a tensor of shape {list(text.shape)}" if isinstance(text, Tensor) else type(text).__name__
+            raise ValueError(f"Text {number} is {came}: give text, or a tensor of token ids [pos].")
+        empty, label = not len(text), plain(label)
         ids = text if isinstance(text, Tensor) or empty else torch.tensor(model._need_tokenizer().encode(text))
         if empty:
             raise ValueError(f"Text {number} is empty: leave it out.")
-        each = isinstance(label, list | tuple)
+        each = isinstance(label, list)
         if each and len(label) != len(ids):
             raise ValueError(f"Text {number} has {len(ids)} tokens and {len(label)} labels: give one for each.")
         for start in range(0, len(ids), window):

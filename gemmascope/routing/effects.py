@@ -18,6 +18,7 @@ from gemmascope.metrics import measured
 from gemmascope.progress import bar, interruptible
 from gemmascope.readout.activations import Batch, Prompts, Rows
 from gemmascope.results import Result
+from gemmascope.routing.trace import plain
 
 Texts = str | Sequence[str] | Tensor | Prompts
 Labels = Sequence
@@ -202,18 +203,16 @@ class Given(NamedTuple):
 
 def _labels_of(labels: Labels, real: Bool[Tensor, "text pos"], rows: Rows) -> list:
     """The label of each row."""
+    labels = [labels] if isinstance(labels, str) else labels
     if len(labels) != len(real):
         raise ValueError(f"There are labels for {len(labels)} texts and {len(real)} texts: give one for each.")
-    each = [
-        labels[text] if not isinstance(labels[text], Tensor) else labels[text].tolist() for text in range(len(real))
-    ]
-    if isinstance(each[0], str) or not isinstance(each[0], Sequence):
-        return [each[text] for text in rows.prompt.tolist()]
+    each = [plain(label) for label in labels]
     for text, (given, n) in enumerate(zip(each, real.sum(-1).tolist(), strict=True)):
-        if len(given) != n:
+        if isinstance(given, list) and len(given) != n:
             raise ValueError(f"Text {text} has {n} tokens (BOS is one) and labels for {len(given)}: give one for each.")
     pos = (real.cumsum(-1) - 1)[rows.prompt, rows.pos]
-    return [each[text][place] for text, place in zip(rows.prompt.tolist(), pos.tolist(), strict=True)]
+    places = zip(rows.prompt.tolist(), pos.tolist(), strict=True)
+    return [each[text][place] if isinstance(each[text], list) else each[text] for text, place in places]
 
 
 def kept(model, batch: Batch, also: Sequence[str] = ()) -> Baseline:

@@ -382,7 +382,7 @@ class _Sample:
 
     @property
     def labels(self) -> list[Label]:
-        return [list(map(str, one)) if isinstance(one, list | tuple) else str(one) for _, one in self.kept]
+        return [list(map(str, one)) if isinstance(one, list) else str(one) for _, one in self.kept]
 
 
 def report(

@@ -22,8 +22,8 @@ from gemmascope.config import PRESETS
 from gemmascope.hooks import Reader
 from gemmascope.results import about
 
-Label = str | Sequence[str]
-"""What a prompt is of: one label, or one for each of its tokens."""
+Label = Any
+"""What a prompt is of: a label, such as a string, or one for each of its tokens, in a list, an array or a tensor."""
 
 
 @dataclass(frozen=True)
@@ -152,11 +152,16 @@ class RoutingTrace:
         """One trace of all prompts, in order; shorter ones are padded on the left.
 
         Raises:
-            ValueError: for no traces, traces of different models, or some with tokens or labels and some without.
+            ValueError: for no traces, traces of different models or layers, or some with tokens or labels and some
+                without.
         """
         if not traces:
             raise ValueError("There are no traces to merge: give one at least.")
         refuse_other_model(*(trace.about for trace in traces))
+        other = next((trace for trace in traces if trace.layers != traces[0].layers), None)
+        if other is not None:
+            came = [", ".join(map(str, trace.layers)) for trace in (traces[0], other)]
+            raise ValueError(f"Some traces are of layers {came[0]} and some of {came[1]}: make all of them alike.")
         traces = [trace.batched() for trace in traces]
         names = tuple(dict.fromkeys(name for trace in traces for name in trace.label_names))
         parts = [trace._tensors() for trace in traces]
@@ -244,6 +249,12 @@ def check_expert(n_layers: int, n_experts: int, layer: int, expert: int | None =
     return layer % n_layers
 
 
+def plain(label: Label) -> Any:
+    """A label, or a list of one for each token, from whatever holds it: a tuple, an array, a tensor, a column."""
+    label = label.tolist() if hasattr(label, "tolist") else label
+    return list(label) if isinstance(label, tuple | range) else label
+
+
 def numbered(labels: Sequence[Label], real: Bool[Tensor, "prompt pos"], names: list[str]) -> Int[Tensor, "prompt pos"]:
     """Each token's label as its number in `names`, which grows by those that are new; 0 on padding.
 
@@ -254,8 +265,9 @@ def numbered(labels: Sequence[Label], real: Bool[Tensor, "prompt pos"], names: l
         raise ValueError(f"There are {len(labels)} labels for {len(real)} prompts: give one for each.")
     numbers = torch.zeros(real.shape, dtype=torch.long)
     for row, (label, here) in enumerate(zip(labels, real.cpu(), strict=True)):
-        each = [label] if isinstance(label, str | int) else list(label)
-        if isinstance(label, list | tuple) and len(each) != here.sum():
+        label = plain(label)
+        each = label if isinstance(label, list) else [label]
+        if isinstance(label, list) and len(each) != here.sum():
             raise ValueError(
                 f"Prompt {row} has {int(here.sum())} tokens and {len(each)} labels: give one for all, or one for each."
             )

@@ -236,6 +236,12 @@ def test_the_page_stands_alone_and_is_escaped(tiny, tmp_path):
         assert "<img" not in html
 
 
+def test_labels_that_start_alike_keep_their_rows(tiny):
+    labels = ["a long name of a file, part 1", "a long name of a file, part 2"] * 3
+    [drawn] = report(tiny, rows(6), labels, causal=False, **QUIET).plots["domains"].data
+    assert len(set(drawn.y)) == 2 and drawn.z.shape[0] == 2
+
+
 @pytest.mark.parametrize("n_labels", [0, 1, 2])
 def test_plots_are_of_the_tables(tiny, n_labels):
     labels = [f"label {i % n_labels}" for i in range(5)] if n_labels else None

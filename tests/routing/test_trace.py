@@ -2,7 +2,10 @@
 
 import itertools
 import signal
+from dataclasses import replace
 
+import numpy
+import pandas
 import pytest
 import torch
 
@@ -235,6 +238,21 @@ def test_a_long_text_is_cut_and_tokens_can_be_left_out(model, texts):
     assert torch.equal(found.total("chosen")[0].sum(0), chosen)
 
 
+def test_labels_come_in_any_holder(model, texts):
+    expected = count(model, texts[:2], ["1", "0"])
+    for labels in ([1, 0], torch.tensor([1, 0]), numpy.array([1, 0]), pandas.Series([1, 0]), iter("10")):
+        same_counts(count(model, texts[:2], labels), expected)
+    each = [["0"] * 4 + ["1"] * 5, "x"]
+    expected = count(model, texts[:2], each, window=4)
+    for first in (torch.tensor([0] * 4 + [1] * 5), numpy.array(each[0]), tuple(each[0]), pandas.Series(each[0])):
+        same_counts(count(model, texts[:2], [first, "x"], window=4), expected)
+    assert gs.trace_routing(model, texts[0], [torch.tensor([0] * 4 + [1] * 5)], progress=False).label_names == (
+        "0",
+        "1",
+    )
+    assert count(model, texts[:1], "one label").labels == ["one label"]
+
+
 def test_only_routers_are_watched(model, texts, monkeypatch):
     watched = []
     hooks = model.hooks
@@ -306,6 +324,17 @@ def test_what_is_refused(model, texts, tmp_path):
         count(model, iter(texts[:2]), iter("abc"))
     with pytest.raises(ValueError, match="Text 1 has 4 tokens and 3 labels"):
         count(model, texts[:2], ["a", ["b"] * 3])
+    with pytest.raises(ValueError, match="There are 1 labels for 2 texts"):
+        count(model, texts[:2], "ab")
+    for wrong, said in ((None, "NoneType"), ([5, 6], "list"), (texts[0][None], r"a tensor of shape \[1, 9\]")):
+        with pytest.raises(ValueError, match=f"Text 1 is {said}: give text, or a tensor of token ids"):
+            count(model, iter([texts[0], wrong]))  # as a stream: annotations, checked in tests, refuse a list
+    trace = gs.trace_routing(model, texts[0], progress=False)
+    some = replace(trace, layers=(1, 2), indices=trace.indices[1:3], weights=trace.weights[1:3], probs=trace.probs[1:3])
+    with pytest.raises(ValueError, match="of layers 1, 2; counts are of all 6"):
+        counts.add(some)
+    with pytest.raises(ValueError, match="of layers 1, 2 and some of 2, 3"):
+        gs.RoutingTrace.merge([some, replace(some, layers=(2, 3))])
     with pytest.raises(ValueError, match="corpus is empty"):
         count(model, [])
     with pytest.raises(ValueError, match="window is 0"):
