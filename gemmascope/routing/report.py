@@ -11,25 +11,24 @@ of an expert stands beside its effect, and `correlations` says how far one goes 
 
 import math
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import chain, islice, product, tee
+from itertools import chain, islice, product
 from pathlib import Path
 from statistics import NormalDist
 
 import pandas
-import torch
 from torch import Tensor
 
 from gemmascope.progress import bar, interruptible
-from gemmascope.readout.activations import Prompts
 from gemmascope.results import Result
 from gemmascope.routing import statistics as S
 from gemmascope.routing.causal import branch_ablation, expert_ablation, fewer_experts, others_of, silencing_estimate
 from gemmascope.routing.contribution import ExpertProfile, profile_experts
 from gemmascope.routing.counts import RoutingCounts, count_routing, windows
 from gemmascope.routing.effects import RoutingEffect
+from gemmascope.routing.sample import Sample, by_length, in_step
 from gemmascope.routing.trace import Label, refuse_dense
 
 CELL = ["layer", "expert"]
@@ -348,43 +347,6 @@ def _shown(token) -> str:
 # Making one
 
 
-class _Sample:
-    """Some of a stream, each as likely as any other (Vitter 1985, algorithm R)."""
-
-    def __init__(self, size: int, seed: int):
-        self.kept: list[tuple[Tensor, Label]] = []
-        self.n_texts, self.seen, self.size, self.random = 0, 0, size, random.Random(seed)
-
-    def reading(self, texts: Iterable, tick: Callable[[], object]) -> Iterator:
-        """Hands texts on, and counts them."""
-        for text in texts:
-            self.n_texts += 1
-            tick()
-            yield text
-
-    def passing(self, pieces: Iterable[tuple[Tensor, Label]]) -> Iterator[tuple[Tensor, Label]]:
-        """Hands them on, and keeps some of those that predict anything."""
-        for piece in pieces:
-            if len(piece[0]) > 1:
-                self.seen += 1
-                place = self.random.randrange(self.seen)
-                if len(self.kept) < self.size:
-                    self.kept.append(piece)
-                elif place < self.size:
-                    self.kept[place] = piece
-            yield piece
-
-    def prompts(self, model) -> Prompts:
-        rows = [ids for ids, _ in self.kept]
-        tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=model.cfg.pad_token_id)
-        mask = torch.arange(tokens.shape[1]) < torch.tensor([len(row) for row in rows])[:, None]
-        return Prompts(tokens.to(model.cfg.device), None if mask.all() else mask.to(model.cfg.device))
-
-    @property
-    def labels(self) -> list[Label]:
-        return [list(map(str, one)) if isinstance(one, list) else str(one) for _, one in self.kept]
-
-
 def report(
     model,
     texts: str | Iterable[str | Tensor],
@@ -423,7 +385,7 @@ def report(
     for name, size in {"max_texts": max_texts, "sample": sample, "max_experts": max_experts}.items():
         if size is not None and size < 1:
             raise ValueError(f"{name} is {size}: give 1 or more.")
-    kept, counts = _Sample(sample, seed), RoutingCounts(model)
+    kept, counts = Sample(sample, seed), RoutingCounts(model)
     given = islice([texts] if isinstance(texts, str) else texts, max_texts)
     whose = None if labels is None else islice([labels] if isinstance(labels, str) else labels, max_texts)
     n = min(len(texts), max_texts or len(texts)) if isinstance(texts, Sequence | Tensor) else max_texts
@@ -432,7 +394,7 @@ def report(
     each = sum(passes.values())
     with bar(None if n is None else n + each * min(sample, n), "counting", "text", progress) as shown:
         pieces = windows(model, kept.reading(given, shown.update), whose, model.cfg.n_ctx)
-        pieces, made = kept.passing(_by_length(pieces, 16 * batch_size)), None
+        pieces, made = kept.passing(by_length(pieces, 16 * batch_size)), None
         with interruptible(lambda: f"the report is of the {counts.n_tokens} tokens counted so far."):
             count_routing(model, *in_step(pieces), batch_size=batch_size, into=counts, progress=False)
             made = RoutingReport(counts, kept.n_texts, len(kept.kept))
@@ -475,7 +437,7 @@ def _passes(model, experts: list[int], seed: int) -> dict[str, int]:
 
 
 def _measure(
-    model, made: RoutingReport, kept: _Sample, passes: dict[str, int], experts: list[int], seed: int, shown
+    model, made: RoutingReport, kept: Sample, passes: dict[str, int], experts: list[int], seed: int, shown
 ) -> None:
     """Measures the parts that `passes` names on the sample, in turn, and says what an interrupt leaves out."""
     prompts, labels = kept.prompts(model), kept.labels if made.labelled else None
@@ -502,16 +464,3 @@ def _measure(
     if waiting:
         left = ", ".join(PARTS[part] for part in waiting)
         made.interrupted.append(f"Measuring was interrupted: not done, or not on all {made.n_sampled} texts: {left}.")
-
-
-def _by_length(pieces: Iterable[tuple[Tensor, Label]], n: int) -> Iterator[tuple[Tensor, Label]]:
-    """Some at a time, the shortest of these first: batches of texts of a length waste little on padding."""
-    pieces = iter(pieces)
-    while some := list(islice(pieces, n)):
-        yield from sorted(some, key=lambda piece: len(piece[0]))
-
-
-def in_step(pairs: Iterable[tuple]) -> tuple[Iterator, Iterator]:
-    """The first and the second of each pair, for a reader that takes one of either in turn: nothing piles up."""
-    first, second = tee(pairs)
-    return (one for one, _ in first), (other for _, other in second)

@@ -17,7 +17,8 @@ from gemmascope.readout import activations
 from gemmascope.readout.activations import Prompts
 from gemmascope.routing import counts, effects, page, trace
 from gemmascope.routing import statistics as S
-from gemmascope.routing.report import CELL, STATISTICS, _Sample, report
+from gemmascope.routing.report import CELL, STATISTICS, report
+from gemmascope.routing.sample import Sample
 from gemmascope.testing import tiny_model
 from gemmascope.zoo.corpus import LANGUAGES, Corpus
 
@@ -207,7 +208,7 @@ def test_one_bar_shows_the_whole_report(nano, languages, monkeypatch):
 def test_the_sample_is_fair():
     hits = torch.zeros(30)
     for seed in range(600):
-        sample = _Sample(6, seed)
+        sample = Sample(6, seed)
         assert len(list(sample.passing((torch.full((2,), n), "all") for n in range(30)))) == 30
         hits[[int(ids[0]) for ids, _ in sample.kept]] += 1
     assert len(sample.kept) == 6
