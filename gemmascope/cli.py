@@ -269,7 +269,8 @@ def _output(name: str) -> Path:
 
 def _routing(args: argparse.Namespace) -> int:
     from gemmascope.routing.corpus import TextFiles, hub_texts
-    from gemmascope.routing.report import in_step, report
+    from gemmascope.routing.report import report
+    from gemmascope.routing.sample import in_step
     from gemmascope.weights import load
 
     output = _output(args.output)

@@ -270,17 +270,24 @@ class Part(nn.Module):
 
 
 class WatchedBlock(nn.Module):
-    """A block that knows whether any of its hook points has a hook, at no cost while none has."""
+    """A block that knows whether any of its hook points has a hook, at no cost while none has.
+
+    The router's points are apart: its choice can be seen, and changed, while all else runs fused.
+    """
 
     def __init__(self):
         super().__init__()
         self._maybe_watched = False
+        self.router_watched = False
+        """Whether a point of the router has a hook, as `watched` last found where no other point has."""
         self.points: tuple[nn.Module, ...] = ()
 
     def find_points(self) -> None:
         """Called once the model is built, and again when a module was put in the place of a point (an SAE, say)."""
-        named = self.named_modules()
-        self.points = tuple(module for name, module in named if name.rpartition(".")[2].startswith("hook_"))
+        named = [(name, module) for name, module in self.named_modules() if name.rpartition(".")[2].startswith("hook_")]
+        self.points = tuple(module for _, module in named)
+        self._router_points = tuple(module for name, module in named if name.startswith("moe.router."))
+        self._other_points = tuple(module for name, module in named if not name.startswith("moe.router."))
         for point in self.points:
             if isinstance(point, Site):
                 point.on_watch = self._note_watch
@@ -291,10 +298,14 @@ class WatchedBlock(nn.Module):
 
     @property
     def watched(self) -> bool:
+        """Whether a point has a hook that only a pass step by step can call: any but the router's."""
         # A registration raises the flag; only the block itself lowers it, after looking.
-        if self._maybe_watched:
-            self._maybe_watched = any(watched(point) for point in self.points)
-        return self._maybe_watched
+        if not self._maybe_watched:
+            return False
+        if any(watched(point) for point in self._other_points):
+            return True
+        self._maybe_watched = self.router_watched = any(watched(point) for point in self._router_points)
+        return False
 
 
 class HookedModel(HookedRootModule):

@@ -5,12 +5,13 @@ import html
 import importlib.metadata
 import json
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pandas
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -233,10 +234,17 @@ def about(model, **settings) -> dict[str, Any]:
     }
 
 
+@cache
 def _version(package: str) -> str:
     from gemmascope import __version__
 
     return __version__ if package == "gemmascope" else importlib.metadata.version(package)
+
+
+@cache
+def _spread(n: int) -> Int[Tensor, " place"]:
+    """Up to 64 places spread over n. Most tensors of a model have few different sizes."""
+    return torch.linspace(0, max(0, n - 1), min(64, n), dtype=torch.float64).long()
 
 
 def fingerprint(model) -> str:
@@ -244,7 +252,6 @@ def fingerprint(model) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         flat = tensor.detach().flatten()
-        spread = torch.linspace(0, max(0, flat.numel() - 1), min(64, flat.numel()), dtype=torch.float64).long()
-        sample = flat[spread.to(flat.device)].double().cpu()
+        sample = flat[_spread(flat.numel()).to(flat.device)].double().cpu()
         digest.update(f"{name} {list(tensor.shape)}".encode() + sample.numpy().tobytes())
     return digest.hexdigest()[:16]

@@ -135,7 +135,7 @@ class Block(WatchedBlock):
         x = added(x, self.attn(self.ln1(x), run), self.ln1_post)
         out = self.mlp(self.ln2(x))
         if self.moe is not None:
-            experts = self.moe(self.moe_ln_pre(x), self.moe.router(x))
+            experts = self.moe(self.moe_ln_pre(x), self.moe.router(x, sites=self.router_watched))
             out = added(self.dense_ln_post(out), experts, self.moe_ln_post)
         if self.ple is None:
             return added(x, out, self.ln2_post, self.layer_scalar)
@@ -354,7 +354,7 @@ class HookedGemma4(LensModel):
                 "stop_at_layer would leave the later layers of past_kv_cache without keys: drop one of the two."
             )
         stop = stop + n_layers if stop < 0 else stop
-        points = (point for block in self.blocks[stop:] if block.watched for point in block.points)
+        points = (point for block in self.blocks[stop:] for point in block.points)
         inert = next((point for point in points if isinstance(point, Site) and written(point)), None)
         if inert is not None:
             raise ValueError(f"The hook at {inert.name} would never run: stop_at_layer={stop_at_layer} ends before it.")

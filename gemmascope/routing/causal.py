@@ -10,7 +10,7 @@ Gemma 4 a norm follows the experts' sum, so that
 
 import random
 from collections.abc import Callable, Sequence
-from itertools import product
+from itertools import chain, product
 
 import pandas
 import torch
@@ -48,6 +48,9 @@ def expert_ablation(
 ) -> RoutingEffect:
     """Changes what one expert of one layer does at every token, and measures what becomes of the prediction.
 
+    Ctrl-C keeps the texts that are done, and says how many; with none done, it is raised as usual. So it is for
+    `fewer_experts` and `branch_ablation`.
+
     Args:
         mode: "silence": it is weighted by 0 where it was chosen (to renormalise the others changes nothing);
             "reroute": it cannot be chosen and the next best steps in;
@@ -75,13 +78,13 @@ def expert_ablation(
     if mode == "replace":
         _check_spare(model)
     n_experts, asked = model.cfg.n_experts, list(product(layers, experts))
-    others = {cell: _others(cell, n_experts, seed) for cell in asked} if controls else {}
-    singles = list(dict.fromkeys([*asked, *(other for drawn in others.values() for other in drawn)]))
+    others = {cell: others_of(cell, n_experts, seed) for cell in asked} if controls else {}
+    singles = list(dict.fromkeys([*asked, *chain.from_iterable(others.values())]))
     matched = asked if controls and mode != "force" else []
     given = Given.of(model, texts, labels)
     means = _mean_outputs(model, given, layers, batch_size) if mode == "mean" else {}
     generator = torch.Generator().manual_seed(seed)
-    uses = torch.zeros(model.cfg.n_layers, n_experts)
+    uses: list[Int[Tensor, "layer expert"]] = []  # of each batch
 
     def plan(stored: dict[str, Tensor], real: Bool[Tensor, "text pos"]) -> list[list[Intervention]]:
         chosen = {layer: stored[f"blocks.{layer}.{INDICES}"] for layer in layers}
@@ -90,8 +93,7 @@ def expert_ablation(
         def change(layer: int, hit: Tensor) -> list[Intervention]:
             return _changed(mode, layer, hit, chosen[layer], weights[layer], n_experts, means, generator)
 
-        for layer in layers:
-            uses[layer] += chosen[layer][real].flatten().bincount(minlength=n_experts).cpu()
+        uses.append(torch.stack([chosen[at][real].flatten().bincount(minlength=n_experts) for at in layers]).cpu())
         made = []
         for layer, expert in singles:
             if mode == "force":
@@ -104,8 +106,9 @@ def expert_ablation(
         return made
 
     also = [f"blocks.{layer}.{point}" for layer in layers for point in (INDICES, WEIGHTS)]
-    found = run_texts(model, given, plan, len(singles) + len(matched), also, metric, batch_size, progress)
-    n, loss = len(asked), found.loss
+    name, n_cells = f"expert ablation ({mode})", len(singles) + len(matched)
+    found = run_texts(model, given, name, plan, n_cells, also, metric, batch_size, progress)
+    n, loss, given = len(asked), found.loss, found.given
     place = {cell: number for number, cell in enumerate(singles)}
     figures = {}
     if controls:
@@ -114,9 +117,10 @@ def expert_ablation(
     if matched:
         figures["matched load"] = loss[len(singles) :]
     cells = pandas.DataFrame(asked, columns=["layer", "expert"])
-    load = torch.stack([uses[cell] for cell in asked]) / given.n_tokens
+    used = torch.stack(uses[: found.n_batches]).sum(0)  # a batch that was not done is left out
+    load = torch.stack([used[layers.index(layer), expert] for layer, expert in asked]) / given.n_tokens
     what = about(model, mode=mode, seed=seed, texts=given.prompts.n)
-    return given.effect(f"expert ablation ({mode})", cells, found.first(n), figures, what, load, metric)
+    return given.effect(name, cells, found.first(n), figures, what, load, metric)
 
 
 def fewer_experts(
@@ -156,11 +160,11 @@ def fewer_experts(
         [interventions.zero((WEIGHTS, layer), slots=range(k, own)) for layer in group if k < own] for group, k in rows
     ]
     given = Given.of(model, texts, labels)
-    found = run_texts(model, given, lambda *_: made, len(made), [], metric, batch_size, progress)
+    found = run_texts(model, given, "fewer experts", lambda *_: made, len(made), [], metric, batch_size, progress)
     axes = ["layer", "k"] if by_layer else ["k"]
     cells = pandas.DataFrame([([group[0]] if by_layer else []) + [k] for group, k in rows], columns=axes)
-    what = about(model, layers=layers, texts=given.prompts.n)
-    return given.effect("fewer experts", cells, found, {}, what, None, metric)
+    what = about(model, layers=layers, texts=found.given.prompts.n)
+    return found.given.effect("fewer experts", cells, found, {}, what, None, metric)
 
 
 def branch_ablation(
@@ -204,11 +208,11 @@ def branch_ablation(
         return made
 
     also = [f"blocks.{layer}.{point}" for layer in layers for point in (INDICES, WEIGHTS)]
-    found = run_texts(model, given, plan, 2 * len(groups), also, metric, batch_size, progress)
+    found = run_texts(model, given, "branch ablation", plan, 2 * len(groups), also, metric, batch_size, progress)
     cells = [([group[0]] if by_layer else []) + [experts] for group in groups for experts in ("none", "wrong")]
     table = pandas.DataFrame(cells, columns=["layer", "experts"] if by_layer else ["experts"])
-    what = about(model, layers=layers, seed=seed, texts=given.prompts.n)
-    return given.effect("branch ablation", table, found, {}, what, None, metric)
+    what = about(model, layers=layers, seed=seed, texts=found.given.prompts.n)
+    return found.given.effect("branch ablation", table, found, {}, what, None, metric)
 
 
 # Which slots lose their expert, and what that means
@@ -255,7 +259,8 @@ def _wrong(
     return draw.scatter(2, chosen, -1.0).topk(chosen.shape[-1]).indices
 
 
-def _others(cell: tuple[int, int], n_experts: int, seed: int) -> list[tuple[int, int]]:
+def others_of(cell: tuple[int, int], n_experts: int, seed: int) -> list[tuple[int, int]]:
+    """The experts of the random-expert control of one."""
     layer, expert = cell
     rest = [(layer, other) for other in range(n_experts) if other != expert]
     return random.Random(f"{seed}/{layer}/{expert}").sample(rest, min(OTHERS, len(rest)))
@@ -264,15 +269,16 @@ def _others(cell: tuple[int, int], n_experts: int, seed: int) -> list[tuple[int,
 def _matched(
     chosen: Int[Tensor, "text pos slot"], expert: int, real: Bool[Tensor, "text pos"], generator: torch.Generator
 ) -> Bool[Tensor, "text pos slot"]:
-    """As many random tokens as chose an expert, and at each a random slot that is not its own."""
-    own = (chosen == expert).cpu()
-    real, n = real.cpu(), int((own.any(-1) & real.cpu()).sum())
-    order = torch.rand(real.shape, generator=generator).masked_fill(~real, 2.0)
+    """As many random tokens as chose an expert, and at each a random slot that is not its own; fewer where there are no
+    more that have such a slot, at one expert a token."""
+    own, real = (chosen == expert).cpu(), real.cpu()
+    free, n = real & ~own.all(-1), int((own.any(-1) & real).sum())
+    order = torch.rand(real.shape, generator=generator).masked_fill(~free, 2.0)
     tokens = torch.zeros(real.numel(), dtype=torch.bool)
-    tokens[order.flatten().argsort()[:n]] = True
+    tokens[order.flatten().argsort()[: min(n, int(free.sum()))]] = True
     slot = torch.rand(own.shape, generator=generator).masked_fill(own, -1.0).argmax(-1)
     hit = F.one_hot(slot, own.shape[-1]).bool() & tokens.view(real.shape)[..., None]
-    return hit.to(chosen.device) & ~own.to(chosen.device)
+    return hit.to(chosen.device)
 
 
 @torch.no_grad()

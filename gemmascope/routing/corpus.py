@@ -40,12 +40,13 @@ class TextFiles:
                 print(f"gemmascope: {said}", file=sys.stderr)
 
     def _read(self, path: Path) -> Iterator[Text]:
-        if path.suffix not in _READERS:
+        ending = path.suffix.lower()
+        if ending not in _READERS:
             raise ValueError(f"{path.suffix or 'no ending'} is not read; {', '.join(_READERS)} are.")
-        if path.suffix == ".txt":
-            yield from ((line, path.stem) for line in _lines(path))
+        if ending == ".txt":
+            yield from ((line, _writable(path.stem)) for line in _lines(path))
             return
-        for row in _READERS[path.suffix](path, [name for name in (self.column, self.label) if name]):
+        for row in _READERS[ending](path, [name for name in (self.column, self.label) if name]):
             yield taken(row, self.column, self.label, path.stem)
 
 
@@ -60,7 +61,15 @@ def taken(row: dict, column: str, label: str | None, name: str) -> Text:
         raise ValueError(f"There is no column {missing!r}; there are {', '.join(map(str, row)) or 'none'}.")
     if not isinstance(row[column], str | None):
         raise ValueError(f"Column {column!r} holds {type(row[column]).__name__}, and not text.")
-    return row[column] or "", name if label is None else str(row[label])
+    text = row[column] or ""
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise ValueError(f"Column {column!r} holds half of a character (a surrogate), and not text.")
+    return text, _writable(name if label is None else str(row[label]))
+
+
+def _writable(label: str) -> str:
+    """A label that can be written as UTF-8: a file's name may be in another encoding."""
+    return label.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def hub_texts(name: str, split: str = "train", column: str = "text", label: str | None = None) -> Iterator[Text]:
@@ -79,7 +88,7 @@ def hub_texts(name: str, split: str = "train", column: str = "text", label: str 
 
 
 def _lines(path: Path) -> Iterator[str]:
-    with path.open(encoding="utf-8") as opened:
+    with path.open(encoding="utf-8-sig") as opened:  # without the mark that Windows puts first
         yield from (line.rstrip("\n") for line in opened)
 
 
@@ -98,7 +107,7 @@ def _jsonl(path: Path, columns: list[str]) -> Iterator[dict]:
 
 def _csv(path: Path, columns: list[str]) -> Iterator[dict]:
     csv.field_size_limit(2**31 - 1)  # texts may be longer than the 128 KB that a field is by default
-    with path.open(encoding="utf-8", newline="") as opened:
+    with path.open(encoding="utf-8-sig", newline="") as opened:
         yield from csv.DictReader(opened)
 
 

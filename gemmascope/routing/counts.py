@@ -13,6 +13,8 @@ import difflib
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import reduce
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +25,15 @@ from scipy.stats import poisson
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from gemmascope.progress import all_or_nothing
 from gemmascope.results import about
 from gemmascope.routing.trace import (
     Label,
     RoutingTrace,
+    entropy_of,
     margins_of,
     numbered,
+    plain,
     read_files,
     refuse_dense,
     refuse_other_model,
@@ -91,6 +96,7 @@ class RoutingCounts:
         self.layers: list[int] = shape["layers"]
         self.n_experts: int = shape["n_experts"]
         self.k: int = shape["k"]
+        self._n_cells = len(self.layers) * self.n_experts
         self.labels: list[str] = []
         n_layers, n_bins = len(self.layers), len(MARGIN_EDGES) - 1
         layer, ranked = (n_layers, self.n_experts), (n_layers, self.k, self.n_experts)
@@ -112,8 +118,7 @@ class RoutingCounts:
             self.vocabulary = {kind: torch.from_numpy(numpy.zeros(empty, dtype=numpy.int32)) for kind in VOCABULARY}
         self.seen = {kind: torch.zeros(shape["d_vocab"], dtype=torch.long) for kind in self.vocabulary}
         """How many tokens of each id were counted: [id] by kind."""
-        self.texts: dict[int, str] = {}
-        """The text of every id that was seen, where the model has a tokenizer."""
+        self._texts: dict[int, str] = {}
         self._tokenizer = None
 
     @property
@@ -153,79 +158,101 @@ class RoutingCounts:
         for name, table in self.tables.items() if new else ():
             self.tables[name] = torch.cat((table, table.new_zeros(len(new), *table.shape[1:])))
 
-    def _add(self, name: str, index: tuple[Tensor, ...], values: Tensor | None = None) -> None:
-        table = self.tables[name]
-        table.index_put_(index, table.new_ones(()) if values is None else values.to(table.dtype), accumulate=True)
+    def _add(self, name: str, place: Tensor, values: Tensor | None = None) -> None:
+        """Adds to a table, `place` counting its entries as they lie in memory: one index is much faster than several.
+
+        One more axis of the values than of the places is the table's last.
+        """
+        table = self.tables[name].view(-1)
+        if values is None:
+            values = table.new_ones(()).expand(place.numel())
+        elif values.ndim > place.ndim:
+            table.view(-1, values.shape[-1]).index_add_(0, place.flatten(), values.flatten(0, -2).to(table.dtype))
+            return
+        table.scatter_add_(0, place.flatten(), values.flatten().to(table.dtype))
 
     @torch.no_grad()
+    @all_or_nothing()
     def add(self, trace: RoutingTrace) -> None:
-        """Counts every token of a trace; padding is left out.
+        """Counts every token of a trace, which Ctrl-C does not cut short; padding is left out.
 
         Raises:
-            ValueError: for a trace of another model, or one without tokens (as `cache.routing`).
+            ValueError: for a trace of another model, of some layers, or without tokens (as `cache.routing`).
         """
         refuse_other_model(self.about, trace.about)
+        if list(trace.layers) != self.layers:
+            came = ", ".join(map(str, trace.layers))
+            raise ValueError(
+                f"This trace is of layers {came}; counts are of all {len(self.layers)}: take trace_routing."
+            )
         if trace.tokens is None or trace.predicted is None:
             raise ValueError("This trace does not know its tokens, as cache.routing does not: take trace_routing.")
         trace = trace.batched().to("cpu")
         names = trace.label_names if trace.labels is not None else (ALL,)
         numbers = torch.zeros_like(trace.tokens) if trace.labels is None else trace.labels
-        self._grow(names[number] for number in numbers[trace.real].unique().tolist())
+        self._grow(names[number] for number in numbers[trace.real].bincount().nonzero()[:, 0].tolist())
         mine = torch.tensor([self.labels.index(name) if name in self.labels else -1 for name in names])
         labels, real = mine[numbers], trace.real.flatten().nonzero()[:, 0]
         chosen, weights, probs = (
             x.flatten(1, 2).index_select(1, real) for x in (trace.indices, trace.weights, trace.probs)
         )
         label = labels.flatten()[real]
-        self._add_tokens(label, trace.positions.flatten()[real], chosen, weights, probs)
+        cell = torch.arange(len(chosen))[:, None, None] * self.n_experts + chosen  # (layer, expert) as one number
+        self._add_tokens(label, chosen, weights, probs)
+        self._add_places(label, trace.positions.flatten()[real], cell)
         self._add_steps(trace, labels)
-        self._add_prompts(trace, label, real // trace.real.shape[1], chosen)
+        self._add_prompts(trace, label, real // trace.real.shape[1], cell)
         if self.vocabulary:
-            self._add_vocabulary(trace, real, chosen)
+            self._add_vocabulary(trace, real, cell)
 
-    def _add_tokens(self, label: Tensor, place: Tensor, chosen: Chosen, weights: Tensor, probs: Tensor) -> None:
-        """Everything that is a sum over single tokens. `place` is a token's in its prompt."""
-        layer, rank = torch.arange(len(chosen))[:, None], torch.arange(self.k)
-        self._add("tokens", (label,))
-        by_rank = (label[:, None], layer[..., None], rank, chosen)
+    def _add_tokens(self, label: Int[Tensor, " token"], chosen: Chosen, weights: Tensor, probs: Tensor) -> None:
+        """Everything that is a sum over single tokens."""
+        layer, n = torch.arange(len(chosen))[:, None], self.n_experts
+        by_layer = label * len(chosen) + layer
+        self._add("tokens", label)
+        by_rank = (by_layer[..., None] * self.k + torch.arange(self.k)) * n + chosen
         self._add("chosen", by_rank)
         self._add("weight", by_rank, weights)
-        by_label = (label, layer)
-        self._add("prob", by_label, probs)
-        self._add("top1", by_label, probs.max(-1).values)
-        self._add("entropy", by_label, torch.special.entr(probs).sum(-1))
+        self._add("prob", by_layer, probs)
+        self._add("top1", by_layer, probs.amax(-1))
+        self._add("entropy", by_layer, entropy_of(probs))
         margins = margins_of(probs, self.k)
-        self._add("margin", by_label, margins)
+        self._add("margin", by_layer, margins)
         bins = torch.bucketize(margins.double(), MARGIN_EDGES[1:-1], right=True)
-        self._add("margin_bins", (label, layer, bins))
+        self._add("margin_bins", by_layer * (len(MARGIN_EDGES) - 1) + bins)
         first, second = torch.triu_indices(self.k, self.k, 1)
-        self._add("pairs", (label[:, None], layer[..., None], chosen[..., first], chosen[..., second]))
-        self._add("moves", (label, layer[:-1], chosen[:-1, :, 0], chosen[1:, :, 0]))
-        bucket = (place + 1).log2().long()
-        self._add("buckets", (label, bucket))
-        self._add("positions", (label[:, None], bucket[:, None], layer[..., None], chosen))
+        self._add("pairs", (by_layer[..., None] * n + chosen[..., first]) * n + chosen[..., second])
+        move = label * (len(chosen) - 1) + layer[:-1]
+        self._add("moves", (move * n + chosen[:-1, :, 0]) * n + chosen[1:, :, 0])
+
+    def _add_places(self, label: Int[Tensor, " token"], place: Int[Tensor, " token"], cell: Chosen) -> None:
+        """By the place of a token in its prompt."""
+        bucket = label * self.shape["n_buckets"] + (place + 1).log2().long()
+        self._add("buckets", bucket)
+        self._add("positions", bucket[:, None] * self._n_cells + cell)
 
     def _add_steps(self, trace: RoutingTrace, labels: Int[Tensor, "prompt pos"]) -> None:
         """Neighbouring tokens of a prompt."""
-        both = trace.real[:, 1:] & trace.real[:, :-1]
-        before, after = trace.indices[:, :, :-1][:, both], trace.indices[:, :, 1:][:, both]
-        label = labels[:, 1:][both]
-        same = before[..., 0] == after[..., 0]
-        common = (before[..., :, None] == after[..., None, :]).flatten(-2).any(-1)
-        self._add("steps", (label,))
-        layer = torch.arange(len(before))[:, None, None]
-        self._add("repeats", (label[:, None], layer, torch.arange(2)), torch.stack((same, common), dim=-1))
+        both = (trace.real[:, 1:] & trace.real[:, :-1]).flatten().nonzero()[:, 0]
+        label = labels[:, 1:].flatten()[both]
+        slots = trace.indices.movedim(-1, 0).contiguous()
+        before, after = slots[..., :-1], slots[..., 1:]
+        same = before[0] == after[0]
+        common = reduce(torch.logical_or, (one == other for one, other in product(before, after)))
+        repeated = torch.stack((same, common), dim=-1).flatten(1, 2).index_select(1, both)
+        self._add("steps", label)
+        self._add("repeats", label * len(repeated) + torch.arange(len(repeated))[:, None], repeated)
 
-    def _add_prompts(self, trace: RoutingTrace, label: Tensor, prompt: Tensor, chosen: Chosen) -> None:
+    def _add_prompts(self, trace: RoutingTrace, label: Tensor, prompt: Tensor, cell: Chosen) -> None:
         """Each prompt's choices, as often as it occurs in each resample."""
         drawn = _draws([row[here] for row, here in zip(trace.tokens, trace.real, strict=True)])
         groups, group = (label * len(drawn) + prompt).unique(return_inverse=True)
-        counts = torch.zeros(len(groups), *self.tables["prob"].shape[1:])
-        layer = torch.arange(len(chosen))[:, None, None]
-        counts.index_put_((group[:, None], layer, chosen), torch.ones(()), accumulate=True)
+        place = (group[:, None] * self._n_cells + cell).flatten()
+        counts = torch.zeros(len(groups) * self._n_cells).scatter_add_(0, place, torch.ones(()).expand(len(place)))
+        counts = counts.view(len(groups), *self.tables["prob"].shape[1:])
         drawn, sizes = drawn[groups % len(drawn)], group.bincount()
         whose = groups // len(trace.real)
-        self._add("prompts", (whose,))
+        self._add("prompts", whose)
         for label in whose.unique().tolist():
             mine = whose == label
             self.tables["draws"][label] += (
@@ -233,23 +260,29 @@ class RoutingCounts:
             )
             self.tables["draw_tokens"][label] += sizes[mine] @ drawn[mine]
 
-    def _add_vocabulary(self, trace: RoutingTrace, real: Int[Tensor, " token"], chosen: Chosen) -> None:
+    def _add_vocabulary(self, trace: RoutingTrace, real: Int[Tensor, " token"], cell: Chosen) -> None:
         followed = trace.real.roll(-1, 1)
         followed[:, -1] = False
-        followed = followed.flatten()[real]
+        followed = followed.flatten()[real].nonzero()[:, 0]
         tokens, following, predicted = (
             x.flatten()[real] for x in (trace.tokens, trace.tokens.roll(-1, 1), trace.predicted)
         )
-        kinds = {"input": (tokens, chosen), "next": (following[followed], chosen[:, followed])}
-        kinds["predicted"] = (predicted, chosen)
-        layer, one = torch.arange(len(chosen))[:, None, None], torch.ones((), dtype=torch.int32)
-        for kind, (ids, experts) in kinds.items():
+        kinds = {"input": (tokens, cell), "next": (following[followed], cell.index_select(1, followed))}
+        kinds["predicted"] = (predicted, cell)
+        one = torch.ones((), dtype=torch.int32)
+        for kind, (ids, cells) in kinds.items():
             self.seen[kind] += ids.bincount(minlength=len(self.seen[kind]))
-            self.vocabulary[kind].index_put_((ids[:, None], layer, experts), one, accumulate=True)
-        if self._tokenizer is not None:
-            met = torch.cat((tokens, predicted)).unique().tolist()
-            new = [token for token in met if token not in self.texts]
-            self.texts |= dict(zip(new, self._tokenizer.to_str_tokens(new), strict=True)) if new else {}
+            place = (ids[:, None] * self._n_cells + cells).flatten()
+            self.vocabulary[kind].view(-1).scatter_add_(0, place, one.expand(len(place)))
+
+    @property
+    def texts(self) -> dict[int, str]:
+        """The text of every id that was seen, where the model has a tokenizer."""
+        if self._tokenizer is not None and self.seen:
+            met = torch.stack([*self.seen.values()]).any(0).nonzero()[:, 0].tolist()
+            new = [token for token in met if token not in self._texts]
+            self._texts |= dict(zip(new, self._tokenizer.to_str_tokens(new), strict=True)) if new else {}
+        return self._texts
 
     def merge(self, *others: "RoutingCounts") -> "RoutingCounts":
         """What one count of all would have given: new counts; these stay as they are.
@@ -271,7 +304,7 @@ class RoutingCounts:
                 ids = seen.nonzero()[:, 0]
                 new.vocabulary[kind][ids] += part.vocabulary[kind][ids]
                 new.seen[kind] += seen
-            new.texts |= part.texts
+            new._texts |= part.texts
             new._tokenizer = new._tokenizer or part._tokenizer
         return new
 
@@ -293,7 +326,7 @@ class RoutingCounts:
         new = cls.__new__(cls)
         new._start(manifest["about"], manifest["shape"], tensors["scale"], "input.ids" in tensors)
         new.labels = manifest["labels"]
-        new.texts = {int(token): text for token, text in manifest["texts"].items()}
+        new._texts = {int(token): text for token, text in manifest["texts"].items()}
         new.tables = {name: tensors[name] for name in new.tables}
         for kind in new.vocabulary:
             ids = tensors[f"{kind}.ids"]
@@ -338,17 +371,19 @@ def count_routing(
         into: counts to go on with, in place; what was counted stays, also when a text raises.
 
     Raises:
-        ValueError: for a dense model, no texts, an empty text, another number of labels than texts, or `into` of
-            another model.
+        ValueError: for a dense model, no texts, a text that is empty or none, another number of labels than texts, or
+            `into` of another model.
     """
     refuse_dense(model)
     counts = RoutingCounts(model, vocabulary) if into is None else into
-    said = about(model)
+    said = counts.about if into is None else about(model)
     refuse_other_model(counts.about, said)
+    counts._tokenizer = model.tokenizer  # counts that were read from a folder have none
     window = model.cfg.n_ctx if window is None else window
     if not 0 < window <= model.cfg.n_ctx:
         raise ValueError(f"window is {window}: {model.cfg.model_name} reads 1 to {model.cfg.n_ctx} tokens at once.")
     texts = [texts] if isinstance(texts, str) else texts
+    labels = [labels] if isinstance(labels, str) else labels
     sizes = [len(given) if hasattr(given, "__len__") else None for given in (texts, labels)]
     if labels is not None and None not in sizes and sizes[0] != sizes[1]:
         raise ValueError(f"There are {sizes[1]} labels for {sizes[0]} texts: give one for each.")
@@ -372,11 +407,14 @@ def windows(model, texts, labels, window: int) -> Iterator[tuple[Tensor, Label]]
         label = ALL if whose is None else next(whose, None)
         if label is None:
             raise ValueError(f"There are labels for {number} texts, and more texts: give one for each.")
-        empty = not len(text)
+        if not isinstance(text, str | Tensor) or (isinstance(text, Tensor) and text.ndim != 1):
+            came = f"a tensor of shape {list(text.shape)}" if isinstance(text, Tensor) else type(text).__name__
+            raise ValueError(f"Text {number} is {came}: give text, or a tensor of token ids [pos].")
+        empty, label = not len(text), plain(label)
         ids = text if isinstance(text, Tensor) or empty else torch.tensor(model._need_tokenizer().encode(text))
         if empty:
             raise ValueError(f"Text {number} is empty: leave it out.")
-        each = isinstance(label, list | tuple)
+        each = isinstance(label, list)
         if each and len(label) != len(ids):
             raise ValueError(f"Text {number} has {len(ids)} tokens and {len(label)} labels: give one for each.")
         for start in range(0, len(ids), window):

@@ -1,5 +1,6 @@
 """How a change of the routing is measured: texts, what their predictions cost, and what becomes of that."""
 
+import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -10,13 +11,14 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
-from tqdm.auto import tqdm
 
 from gemmascope.config import PRESETS
 from gemmascope.experiments.sweep import ROWS, Baseline, unit_of
 from gemmascope.metrics import measured
+from gemmascope.progress import bar, interruptible
 from gemmascope.readout.activations import Batch, Prompts, Rows
 from gemmascope.results import Result
+from gemmascope.routing.trace import plain
 
 Texts = str | Sequence[str] | Tensor | Prompts
 Labels = Sequence
@@ -66,13 +68,19 @@ class RoutingEffect:
     """Change of the loss: a sample is one prediction, a row of `tokens`."""
     kl_by_token: Result
     tokens: pandas.DataFrame
-    """text, pos (padding left out), token (the one read, not the one predicted) and label of each prediction."""
+    """text (its number in those given), pos (padding left out), token (the one read, not the one predicted) and label
+    of each prediction."""
     controls: dict[str, Result]
     """The change of the loss in the controls of each cell."""
     load: Float[Tensor, " cell"] | None = None
     """The share of tokens that the expert of each cell is chosen for; rows of a layer sum to k."""
     metric: Result | None = None
     """Change of the metric that was asked for, by text."""
+
+    @property
+    def n_texts(self) -> int:
+        """Texts that were measured. After an interrupt (Ctrl-C) not all: `tokens` says which, in this order."""
+        return self.loss.values.shape[1]
 
     @property
     def table(self) -> pandas.DataFrame:
@@ -120,6 +128,8 @@ class Given(NamedTuple):
     rows: Rows
     labels: list | None
     """Of each row."""
+    numbers: Int[Tensor, " text"]
+    """Which of the texts that came these are."""
 
     @classmethod
     def of(cls, model, texts: Texts, labels: Labels | None = None) -> "Given":
@@ -129,17 +139,32 @@ class Given(NamedTuple):
         if len(short):
             raise ValueError(f"Text {int(short[0])} has one token: a loss needs a token and the next.")
         rows = Rows(*(real[:, :-1] & real[:, 1:]).nonzero().unbind(1))
-        return cls(model, prompts, real, rows, None if labels is None else _labels_of(labels, real, rows))
+        each = None if labels is None else _labels_of(labels, real, rows)
+        return cls(model, prompts, real, rows, each, torch.arange(prompts.n))
+
+    def only(self, texts: Int[Tensor, " text"]) -> tuple["Given", Int[Tensor, " row"]]:
+        """Some of the texts, and which rows are theirs."""
+        here = torch.isin(self.rows.prompt, texts).nonzero()[:, 0]
+        mask, labels = self.prompts.mask, self.labels
+        prompts = Prompts(self.prompts.tokens[texts], None if mask is None else mask[texts])
+        rows = Rows(torch.searchsorted(texts, self.rows.prompt[here]), self.rows.pos[here])
+        labels = None if labels is None else [labels[row] for row in here.tolist()]
+        return Given(self.model, prompts, self.real[texts], rows, labels, self.numbers[texts]), here
 
     @property
     def n_tokens(self) -> int:
         return int(self.real.sum())
 
     def batches(self, size: int) -> Iterator[tuple[Int[Tensor, " text"], Batch]]:
-        """Texts of a length together, which wastes little on padding; in their own order where one batch takes all."""
+        """Texts of a length together, which wastes little on padding; in their own order where one batch takes all.
+
+        The batches come in random order, so that those done when Ctrl-C comes are not the short texts.
+        """
         lengths = self.real.sum(-1)
         order = torch.arange(len(lengths)) if size >= len(lengths) else lengths.argsort(stable=True)
-        for part in order.split(size):
+        parts = list(order.split(size))
+        random.Random(0).shuffle(parts)
+        for part in parts:
             yield part, self.prompts.batch(part, self.rows)
 
     def by_text(self, figures: Float[Tensor, "cell row"]) -> Float[Tensor, "cell text"]:
@@ -153,7 +178,8 @@ class Given(NamedTuple):
         tokenizer = self.model.tokenizer
         tokens = ids.tolist() if tokenizer is None else tokenizer.to_str_tokens(ids.tolist())
         pos = (self.real.cumsum(-1) - 1)[self.rows.prompt, self.rows.pos]
-        table = pandas.DataFrame({"text": self.rows.prompt.tolist(), "pos": pos.tolist(), "token": tokens})
+        texts = self.numbers[self.rows.prompt]
+        table = pandas.DataFrame({"text": texts.tolist(), "pos": pos.tolist(), "token": tokens})
         return table if self.labels is None else table.assign(label=self.labels)
 
     def effect(self, name: str, cells, found: "Found", controls, what, load, metric) -> RoutingEffect:
@@ -177,18 +203,16 @@ class Given(NamedTuple):
 
 def _labels_of(labels: Labels, real: Bool[Tensor, "text pos"], rows: Rows) -> list:
     """The label of each row."""
+    labels = [labels] if isinstance(labels, str) else labels
     if len(labels) != len(real):
         raise ValueError(f"There are labels for {len(labels)} texts and {len(real)} texts: give one for each.")
-    each = [
-        labels[text] if not isinstance(labels[text], Tensor) else labels[text].tolist() for text in range(len(real))
-    ]
-    if isinstance(each[0], str) or not isinstance(each[0], Sequence):
-        return [each[text] for text in rows.prompt.tolist()]
+    each = [plain(label) for label in labels]
     for text, (given, n) in enumerate(zip(each, real.sum(-1).tolist(), strict=True)):
-        if len(given) != n:
+        if isinstance(given, list) and len(given) != n:
             raise ValueError(f"Text {text} has {n} tokens (BOS is one) and labels for {len(given)}: give one for each.")
     pos = (real.cumsum(-1) - 1)[rows.prompt, rows.pos]
-    return [each[text][place] for text, place in zip(rows.prompt.tolist(), pos.tolist(), strict=True)]
+    places = zip(rows.prompt.tolist(), pos.tolist(), strict=True)
+    return [each[text][place] if isinstance(each[text], list) else each[text] for text, place in places]
 
 
 def kept(model, batch: Batch, also: Sequence[str] = ()) -> Baseline:
@@ -205,51 +229,75 @@ class Found(NamedTuple):
     loss: Float[Tensor, "cell row"]
     kl: Float[Tensor, "cell row"]
     metric: Float[Tensor, "cell text"] | None
+    given: Given
+    """The texts that were run: all, but for an interrupt."""
+    n_batches: int
 
     def first(self, n: int) -> "Found":
-        return Found(self.full, self.loss[:n], self.kl[:n], None if self.metric is None else self.metric[:n])
+        metric = None if self.metric is None else self.metric[:n]
+        return self._replace(loss=self.loss[:n], kl=self.kl[:n], metric=metric)
+
+    def only(self, texts: Int[Tensor, " text"]) -> "Found":
+        """Of some of the texts."""
+        given, rows = self.given.only(texts)
+        metric = None if self.metric is None else self.metric[:, texts]
+        return Found(self.full[rows], self.loss[:, rows], self.kl[:, rows], metric, given, self.n_batches)
 
 
 @torch.no_grad()
 def run_texts(
-    model, given: Given, plan: Callable, n_cells: int, also, metric, batch_size: int, progress: bool
+    model, given: Given, what: str, plan: Callable, n_cells: int, also, metric, batch_size: int, progress: bool
 ) -> Found:
     """Loss and KL of every prediction under the interventions of every cell.
+
+    An interrupt (Ctrl-C) leaves the texts that are done in every cell; where there are none, it goes on to the caller.
 
     Args:
         plan: what `also` holds in a batch [text, pos, ...], and which of its tokens are real, to a list of
             interventions for each cell. A cell without any is as the model is.
     """
     n_rows, n_texts = len(given.rows.prompt), given.prompts.n
-    found = Found(
-        torch.zeros(n_rows),
-        torch.zeros(n_cells, n_rows),
-        torch.zeros(n_cells, n_rows),
-        None if metric is None else torch.zeros(n_cells, n_texts),
-    )
+    by_text = None if metric is None else torch.zeros(n_cells, n_texts)
+    found = Found(torch.zeros(n_rows), torch.zeros(n_cells, n_rows), torch.zeros(n_cells, n_rows), by_text, given, 0)
     size = batch_size if metric is None else n_texts
-    total = -(-n_texts // size) * n_cells
-    with tqdm(total=total, unit="cell", delay=1, leave=False, disable=not progress) as bar:
-        for _, batch in given.batches(size):
-            n = len(batch.tokens)
-            base = kept(model, batch, also)
-            full, tokens = base.stored["hook_logits"], base.run.tokens
-            real = torch.ones_like(tokens, dtype=torch.bool) if batch.mask is None else batch.mask
-            at, targets = (batch.prompt, batch.pos), tokens[batch.prompt, batch.pos + 1][:, None]
-            before = full[at].float().log_softmax(-1)
-            found.full[batch.row] = -before.gather(-1, targets)[:, 0].cpu()
-            cells = plan(base.stored, real)
-            moved = sorted((base.first(cell)[0], number) for number, cell in enumerate(cells) if cell)
-            for layer, group in groupby(moved, key=lambda pair: pair[0]):
-                numbers = torch.tensor([number for _, number in group])
-                for part in numbers.split(max(1, ROWS // n)):
-                    for number, logits in zip(part, base.logits([cells[i] for i in part], layer), strict=True):
-                        after = logits[at].float().log_softmax(-1)
-                        change = (before - after).gather(-1, targets)[:, 0]
-                        found.loss[number, batch.row] = change.cpu()
-                        kl = F.kl_div(after, before, log_target=True, reduction="none").sum(-1)
-                        found.kl[number, batch.row] = kl.cpu()
-                        if metric is not None:
-                            found.metric[number] = (measured(metric, logits) - measured(metric, full)).cpu()
-            bar.update(n_cells)
-    return found
+    done: list[Tensor] = []
+
+    def n_done() -> int:
+        return sum(map(len, done))
+
+    with bar(n_texts * n_cells, what, "text", progress) as shown:
+        with interruptible(lambda: f"{what} stopped, with {n_done()} of {n_texts} texts done."):
+            for numbers, batch in given.batches(size):
+                for count in _run_batch(model, batch, plan, also, metric, found):
+                    shown.update(count * len(numbers))
+                done.append(numbers)
+    if not done:
+        raise KeyboardInterrupt
+    found = found._replace(n_batches=len(done))
+    return found if n_done() == n_texts else found.only(torch.cat(done).sort().values)
+
+
+def _run_batch(model, batch: Batch, plan: Callable, also, metric, found: Found) -> Iterator[int]:
+    """Writes what becomes of a batch into `found`; yields how many cells are done, time and again."""
+    n = len(batch.tokens)
+    base = kept(model, batch, also)
+    full, tokens = base.stored["hook_logits"], base.run.tokens
+    real = torch.ones_like(tokens, dtype=torch.bool) if batch.mask is None else batch.mask
+    at, targets = (batch.prompt, batch.pos), tokens[batch.prompt, batch.pos + 1][:, None]
+    before = full[at].float().log_softmax(-1)
+    found.full[batch.row] = -before.gather(-1, targets)[:, 0].cpu()
+    cells = plan(base.stored, real)
+    moved = sorted((base.first(cell)[0], number) for number, cell in enumerate(cells) if cell)
+    yield len(cells) - len(moved)
+    for layer, group in groupby(moved, key=lambda pair: pair[0]):
+        numbers = torch.tensor([number for _, number in group])
+        for part in numbers.split(max(1, ROWS // n)):
+            for number, logits in zip(part, base.logits([cells[i] for i in part], layer), strict=True):
+                after = logits[at].float().log_softmax(-1)
+                change = (before - after).gather(-1, targets)[:, 0]
+                found.loss[number, batch.row] = change.cpu()
+                kl = F.kl_div(after, before, log_target=True, reduction="none").sum(-1)
+                found.kl[number, batch.row] = kl.cpu()
+                if metric is not None:
+                    found.metric[number] = (measured(metric, logits) - measured(metric, full)).cpu()
+            yield len(part)

@@ -122,11 +122,14 @@ def similarity_and_overlap(model, prompts, *, batch_size: int = 32, progress: bo
     refuse_dense(model)
     sums = torch.zeros(model.cfg.n_layers, 6, dtype=torch.float64)
     for layer, normed, chosen in _streams(model, prompts, batch_size, progress, "similarity and overlap"):
-        first, second = torch.triu_indices(len(normed), len(normed), 1, device=normed.device)
-        x = _cosines(normed)[first, second].double()
-        sets = torch.zeros(len(chosen), model.cfg.n_experts, device=chosen.device).scatter_(1, chosen, 1.0)
-        y = (sets @ sets.T)[first, second].double() / chosen.shape[1]
-        sums[layer] += torch.stack([torch.ones_like(x), x, y, x * x, y * y, x * y]).sum(-1).cpu()
+        # Sums over pairs of u_i . u_j and s_i . s_j are norms of products, so that no table of pairs is made.
+        u = torch.nn.functional.normalize(normed, dim=-1).double()
+        sets = torch.zeros(len(chosen), model.cfg.n_experts, device=chosen.device, dtype=torch.float64)
+        s = sets.scatter_(1, chosen, chosen.shape[1] ** -0.5)
+        n = len(u)
+        ordered = [u.sum(0).square(), s.sum(0).square(), (u.T @ u).square(), (s.T @ s).square(), (u.T @ s).square()]
+        pairs = torch.stack([(both.sum() - n) / 2 for both in ordered])  # i = j gives 1 each, and i, j is j, i
+        sums[layer] += torch.cat((pairs.new_tensor([n * (n - 1) / 2]), pairs)).cpu()
     n, x, y, xx, yy, xy = sums.T
     correlation = (n * xy - x * y) / ((n * xx - x * x).clamp(min=0) * (n * yy - y * y).clamp(min=0)).sqrt()
     table = {"layer": range(len(sums)), "correlation": correlation.tolist(), "pairs": n.long().tolist()}

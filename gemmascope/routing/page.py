@@ -61,12 +61,18 @@ def _grid(table: pandas.DataFrame, value: str, axis: str, rows: str = "layer", c
     grid = grid.reindex(index=table[rows].unique(), columns=table[columns].unique())  # as they come, not sorted
     return go.Heatmap(
         z=grid.to_numpy(dtype=float),
-        x=[label(name) for name in grid.columns],
-        y=[label(name) for name in grid.index],
+        x=_labels(grid.columns),
+        y=_labels(grid.index),
         coloraxis=axis,
         hovertemplate=f"{rows} %{{y}}<br>{columns} %{{x}}<br>%{{z:.4f}}<extra>{escaped(value)}</extra>",
         hoverongaps=False,
     )
+
+
+def _labels(names) -> list[str]:
+    """Short, unless that makes two of them one: a heatmap would draw one over the other."""
+    short = [label(name) for name in names]
+    return short if len(set(short)) == len(short) else [escaped(name) for name in names]
 
 
 def _effects(report: RoutingReport) -> go.Figure:

@@ -11,26 +11,24 @@ of an expert stands beside its effect, and `correlations` says how far one goes 
 
 import math
 import random
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import islice, tee
+from itertools import chain, islice, product
 from pathlib import Path
 from statistics import NormalDist
 
 import pandas
-import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
-from gemmascope.progress import interruptible
-from gemmascope.readout.activations import Prompts
+from gemmascope.progress import bar, interruptible
 from gemmascope.results import Result
 from gemmascope.routing import statistics as S
-from gemmascope.routing.causal import branch_ablation, expert_ablation, fewer_experts, silencing_estimate
+from gemmascope.routing.causal import branch_ablation, expert_ablation, fewer_experts, others_of, silencing_estimate
 from gemmascope.routing.contribution import ExpertProfile, profile_experts
 from gemmascope.routing.counts import RoutingCounts, count_routing, windows
 from gemmascope.routing.effects import RoutingEffect
+from gemmascope.routing.sample import Sample, by_length, in_step
 from gemmascope.routing.trace import Label, refuse_dense
 
 CELL = ["layer", "expert"]
@@ -75,17 +73,19 @@ class RoutingReport:
     n_texts: int
     """Texts that were read."""
     n_sampled: int
-    """How many of these (or windows of those longer than the context) contributions and effects were measured on."""
+    """How many of these (or windows of those longer than the context) contributions and effects are measured on."""
     profile: ExpertProfile | None = None
     """Contributions; None where it was interrupted before."""
     silenced: RoutingEffect | None = None
-    """Each expert silenced, beside its controls; None without the causal part."""
+    """Each expert silenced, beside its controls; None without the causal part, or where it was interrupted before."""
     branch: RoutingEffect | None = None
     """Layer by layer, no experts and wrong experts; None also where a layer has too few experts to be wrong."""
     first_only: RoutingEffect | None = None
     """Layer by layer, the first choice alone."""
     estimate: Result | None = None
     """The effects of all silencings, estimated by gradient."""
+    interrupted: list[str] = field(default_factory=list)
+    """What Ctrl-C left out, in sentences."""
 
     # Tables
 
@@ -259,7 +259,8 @@ class RoutingReport:
         counts, layers, experts = self.counts, self.layers, self.experts
         said = [
             f"{counts.n_tokens:,} tokens of {self.n_texts:,} texts went through {len(counts.layers)} layers of "
-            f"{counts.n_experts} experts, {counts.k} a token."
+            f"{counts.n_experts} experts, {counts.k} a token.",
+            *self.interrupted,
         ]
         effective = layers["effective_experts"]
         said.append(
@@ -276,7 +277,7 @@ class RoutingReport:
             return [*said, "No effect was measured, so nothing here says which experts matter."]
         done, first = experts.dropna(subset="loss"), self.leading.iloc[0]
         said.append(
-            f"On {self.n_sampled} texts drawn at random, {len(done)} experts were silenced one by one: the loss "
+            f"On {self.silenced.n_texts} texts drawn at random, {len(done)} experts were silenced one by one: the loss "
             f"changes by {done['loss'].median():.4f} nats a token in the median (control of matched load "
             f"{done['matched load'].median():.4f}), and most by {first['loss']:.4f} without expert "
             f"{int(first['expert'])} of layer {int(first['layer'])} (its control {first['matched load']:.4f})."
@@ -321,7 +322,7 @@ class RoutingReport:
         return path
 
     def __repr__(self) -> str:
-        causal = "no causal part" if self.silenced is None else f"effects on {self.n_sampled} texts"
+        causal = "no causal part" if self.silenced is None else f"effects on {self.silenced.n_texts} texts"
         model = self.counts.about.get("model")
         return f"RoutingReport({model}, {self.counts.n_tokens} tokens of {self.n_texts} texts, {causal})"
 
@@ -346,42 +347,6 @@ def _shown(token) -> str:
 # Making one
 
 
-class _Sample:
-    """Some of a stream, each as likely as any other (Vitter 1985, algorithm R)."""
-
-    def __init__(self, size: int, seed: int):
-        self.kept: list[tuple[Tensor, Label]] = []
-        self.n_texts, self.seen, self.size, self.random = 0, 0, size, random.Random(seed)
-
-    def reading(self, texts: Iterable) -> Iterator:
-        """Hands texts on, and counts them."""
-        for text in texts:
-            self.n_texts += 1
-            yield text
-
-    def passing(self, pieces: Iterable[tuple[Tensor, Label]]) -> Iterator[tuple[Tensor, Label]]:
-        """Hands them on, and keeps some of those that predict anything."""
-        for piece in pieces:
-            if len(piece[0]) > 1:
-                self.seen += 1
-                place = self.random.randrange(self.seen)
-                if len(self.kept) < self.size:
-                    self.kept.append(piece)
-                elif place < self.size:
-                    self.kept[place] = piece
-            yield piece
-
-    def prompts(self, model) -> Prompts:
-        rows = [ids for ids, _ in self.kept]
-        tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=model.cfg.pad_token_id)
-        mask = torch.arange(tokens.shape[1]) < torch.tensor([len(row) for row in rows])[:, None]
-        return Prompts(tokens.to(model.cfg.device), None if mask.all() else mask.to(model.cfg.device))
-
-    @property
-    def labels(self) -> list[Label]:
-        return [list(map(str, one)) if isinstance(one, list | tuple) else str(one) for _, one in self.kept]
-
-
 def report(
     model,
     texts: str | Iterable[str | Tensor],
@@ -401,7 +366,8 @@ def report(
     silenced at every token, beside other experts of its layer and as many random tokens that lose another expert
     (`expert_ablation`); layers lose all experts, get wrong ones, or keep their first choice alone.
 
-    Ctrl-C ends the part that runs: the report is then of the texts counted so far, or without effects.
+    Ctrl-C ends the counting, and the report is of the tokens counted so far; or it ends the measuring of effects, and
+    the report has those done so far, the one that ran on the texts done. `findings` and the page say what is missing.
 
     Args:
         texts: any iterable of texts, or of token ids [pos]; of a data set, its column: `dataset["text"]`.
@@ -419,44 +385,82 @@ def report(
     for name, size in {"max_texts": max_texts, "sample": sample, "max_experts": max_experts}.items():
         if size is not None and size < 1:
             raise ValueError(f"{name} is {size}: give 1 or more.")
-    drawn = random.Random(seed)
-    kept, counts = _Sample(sample, seed), RoutingCounts(model)
+    kept, counts = Sample(sample, seed), RoutingCounts(model)
     given = islice([texts] if isinstance(texts, str) else texts, max_texts)
     whose = None if labels is None else islice([labels] if isinstance(labels, str) else labels, max_texts)
     n = min(len(texts), max_texts or len(texts)) if isinstance(texts, Sequence | Tensor) else max_texts
-    bar = tqdm(given, "counting", n, delay=1, leave=False, unit="text", disable=not progress)
-    pieces = kept.passing(_by_length(windows(model, kept.reading(bar), whose, model.cfg.n_ctx), 16 * batch_size))
-    with interruptible(lambda: f"the report is of the {counts.n_tokens} tokens counted so far."):
-        count_routing(model, *in_step(pieces), batch_size=batch_size, into=counts, progress=False)
-    made = RoutingReport(counts, kept.n_texts, len(kept.kept))
-    if not kept.kept:
-        return made
-    with interruptible("what was not measured yet is left out."):
-        prompts = kept.prompts(model)
-        made.profile = profile_experts(model, prompts, progress=progress)
-        if causal:
-            every = range(model.cfg.n_experts)
-            each = max(1, max_experts // model.cfg.n_layers)
-            experts = every if each >= len(every) else sorted(drawn.sample(every, each))
-            labels = kept.labels if len(counts.labels) > 1 else None
-            made.silenced = expert_ablation(
-                model, prompts, experts=list(experts), labels=labels, seed=seed, progress=progress
-            )
-            made.first_only = fewer_experts(model, prompts, progress=progress)
-            if model.cfg.n_experts >= 2 * model.cfg.experts_per_token:
-                made.branch = branch_ablation(model, prompts, seed=seed, progress=progress)
-            made.estimate = silencing_estimate(model, prompts)
+    experts = _experts(model, max_experts, seed)
+    passes = _passes(model, experts, seed) if causal else {"profile": 1}
+    each = sum(passes.values())
+    with bar(None if n is None else n + each * min(sample, n), "counting", "text", progress) as shown:
+        pieces = windows(model, kept.reading(given, shown.update), whose, model.cfg.n_ctx)
+        pieces, made = kept.passing(by_length(pieces, 16 * batch_size)), None
+        with interruptible(lambda: f"the report is of the {counts.n_tokens} tokens counted so far."):
+            count_routing(model, *in_step(pieces), batch_size=batch_size, into=counts, progress=False)
+            made = RoutingReport(counts, kept.n_texts, len(kept.kept))
+        if made is None:
+            if not counts.n_tokens:
+                raise KeyboardInterrupt
+            said = f"Counting was interrupted: not all of the {kept.n_texts:,} texts that were read are counted."
+            made = RoutingReport(counts, kept.n_texts, len(kept.kept), interrupted=[said])
+        shown.total = made.n_texts + each * made.n_sampled
+        if kept.kept:
+            _measure(model, made, kept, passes, experts, seed, shown)
     return made
 
 
-def _by_length(pieces: Iterable[tuple[Tensor, Label]], n: int) -> Iterator[tuple[Tensor, Label]]:
-    """Some at a time, the shortest of these first: batches of texts of a length waste little on padding."""
-    pieces = iter(pieces)
-    while some := list(islice(pieces, n)):
-        yield from sorted(some, key=lambda piece: len(piece[0]))
+PARTS = {
+    "profile": "contributions",
+    "silenced": "silencing",
+    "first_only": "the first choice alone",
+    "branch": "no and wrong experts",
+    "estimate": "the estimate",
+}
+"""What is measured on the sample."""
 
 
-def in_step(pairs: Iterable[tuple]) -> tuple[Iterator, Iterator]:
-    """The first and the second of each pair, for a reader that takes one of either in turn: nothing piles up."""
-    first, second = tee(pairs)
-    return (one for one, _ in first), (other for _, other in second)
+def _experts(model, max_experts: int, seed: int) -> list[int]:
+    """Those to silence in each layer."""
+    every, each = range(model.cfg.n_experts), max(1, max_experts // model.cfg.n_layers)
+    return list(every) if each >= len(every) else sorted(random.Random(seed).sample(every, each))
+
+
+def _passes(model, experts: list[int], seed: int) -> dict[str, int]:
+    """How often each of the PARTS runs a text; without the branch where no wrong experts are left."""
+    n_layers, n_experts = model.cfg.n_layers, model.cfg.n_experts
+    asked = list(product(range(n_layers), experts))
+    singles = {*asked, *chain.from_iterable(others_of(cell, n_experts, seed) for cell in asked)}
+    passes = dict(zip(PARTS, (1, len(singles) + len(asked), n_layers, 2 * n_layers, 1), strict=True))
+    if n_experts < 2 * model.cfg.experts_per_token:
+        del passes["branch"]
+    return passes
+
+
+def _measure(
+    model, made: RoutingReport, kept: Sample, passes: dict[str, int], experts: list[int], seed: int, shown
+) -> None:
+    """Measures the parts that `passes` names on the sample, in turn, and says what an interrupt leaves out."""
+    prompts, labels = kept.prompts(model), kept.labels if made.labelled else None
+    measures = {
+        "profile": lambda: profile_experts(model, prompts, progress=False),
+        "silenced": lambda: expert_ablation(model, prompts, experts=experts, labels=labels, seed=seed),
+        "first_only": lambda: fewer_experts(model, prompts),
+        "branch": lambda: branch_ablation(model, prompts, seed=seed),
+        "estimate": lambda: silencing_estimate(model, prompts),
+    }
+    waiting = list(passes)
+    with interruptible("what was not measured yet is left out."):
+        while waiting:
+            part = waiting[0]
+            shown.set_description(PARTS[part])
+            found = measures[part]()
+            setattr(made, part, found)
+            if isinstance(found, RoutingEffect):  # these step on their own, and end with fewer texts on Ctrl-C
+                if found.n_texts < made.n_sampled:
+                    break
+            else:
+                shown.update(made.n_sampled)
+            waiting.remove(part)
+    if waiting:
+        left = ", ".join(PARTS[part] for part in waiting)
+        made.interrupted.append(f"Measuring was interrupted: not done, or not on all {made.n_sampled} texts: {left}.")

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import pandas
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from scipy.cluster import hierarchy
 from scipy.stats import binom
 from torch import Tensor
@@ -163,8 +163,8 @@ def share_interval(count: Tensor, n: Tensor, level: float = 0.95) -> tuple[Tenso
     return low, high
 
 
-def _by_id(counts: RoutingCounts, of: str, min_count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(ids, tokens of each, [id, layer, expert] tokens that went there), of those seen often enough."""
+def _frequent(counts: RoutingCounts, of: str, min_count: int) -> Int[Tensor, " id"]:
+    """The ids seen often enough."""
     if of not in VOCABULARY:
         raise ValueError(f"of is {of!r}; tokens were counted by {', '.join(VOCABULARY)}.")
     if not counts.vocabulary:
@@ -172,7 +172,7 @@ def _by_id(counts: RoutingCounts, of: str, min_count: int) -> tuple[Tensor, Tens
     ids = (counts.seen[of] >= min_count).nonzero()[:, 0]
     if not len(ids):
         raise ValueError(f"No token occurs {min_count} times: count more text, or lower min_count.")
-    return ids, counts.seen[of][ids], counts.vocabulary[of][ids]
+    return ids
 
 
 def vocabulary_specialization(
@@ -188,9 +188,12 @@ def vocabulary_specialization(
         of: count by "input" id, by the "next" id in the text, or by the "predicted" next id.
         min_count: leave out ids that occur less often, whose shares are high by chance.
     """
-    _, n, routed = _by_id(counts, of, min_count)
-    routed = routed.double()
-    return (routed**2 / n[:, None, None]).sum(0) / routed.sum(0)
+    squares, total = torch.zeros(2, len(counts.layers), counts.n_experts, dtype=torch.float64)
+    for ids in _frequent(counts, of, min_count).split(1024):  # of a large model, all at once are gigabytes
+        routed = counts.vocabulary[of][ids].double()
+        squares += (routed**2 / counts.seen[of][ids, None, None]).sum(0)
+        total += routed.sum(0)
+    return squares / total
 
 
 def expert_vocabulary(
@@ -199,10 +202,12 @@ def expert_vocabulary(
     """The token ids that go to an expert most surely: id, token (where texts are known), count, share, low, high (95 %
     bootstrap over the tokens of that id), uniform (k / E) and overall (the expert's share of all tokens)."""
     row = check_expert(len(counts.layers), counts.n_experts, layer, expert)
-    ids, n, routed = _by_id(counts, of, min_count)
-    table = pandas.DataFrame({"id": ids.tolist(), "count": n.tolist(), "routed": routed[:, row, expert].tolist()})
+    ids = _frequent(counts, of, min_count)
+    n, routed = counts.seen[of][ids], counts.vocabulary[of][ids, row, expert]
+    table = pandas.DataFrame({"id": ids.tolist(), "count": n.tolist(), "routed": routed.tolist()})
     if counts.texts:
-        table.insert(1, "token", [counts.texts[token] for token in table["id"]])
+        texts = counts.texts
+        table.insert(1, "token", [texts[token] for token in table["id"]])
     table["share"] = table["routed"] / table["count"]
     table = table.sort_values(["share", "count"], ascending=False, kind="stable")[:top].reset_index(drop=True)
     low, high = share_interval(torch.tensor(table["routed"]), torch.tensor(table["count"]))

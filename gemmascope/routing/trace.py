@@ -17,12 +17,13 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
+from gemmascope import ops
 from gemmascope.config import PRESETS
 from gemmascope.hooks import Reader
 from gemmascope.results import about
 
-Label = str | Sequence[str]
-"""What a prompt is of: one label, or one for each of its tokens."""
+Label = Any
+"""What a prompt is of: a label, such as a string, or one for each of its tokens, in a list, an array or a tensor."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ class RoutingTrace:
     @property
     def entropy(self) -> Float[Tensor, " layer *batch_and_pos"]:
         """The entropy of the router's softmax at each token, in nats."""
-        return torch.special.entr(self.probs).sum(-1)
+        return entropy_of(self.probs)
 
     def batched(self) -> "RoutingTrace":
         """The same with a prompt axis, which a cache without a batch axis leaves out."""
@@ -157,11 +158,16 @@ class RoutingTrace:
         """One trace of all prompts, in order; shorter ones are padded on the left.
 
         Raises:
-            ValueError: for no traces, traces of different models, or some with tokens or labels and some without.
+            ValueError: for no traces, traces of different models or layers, or some with tokens or labels and some
+                without.
         """
         if not traces:
             raise ValueError("There are no traces to merge: give one at least.")
         refuse_other_model(*(trace.about for trace in traces))
+        other = next((trace for trace in traces if trace.layers != traces[0].layers), None)
+        if other is not None:
+            came = [", ".join(map(str, trace.layers)) for trace in (traces[0], other)]
+            raise ValueError(f"Some traces are of layers {came[0]} and some of {came[1]}: make all of them alike.")
         traces = [trace.batched() for trace in traces]
         names = tuple(dict.fromkeys(name for trace in traces for name in trace.label_names))
         parts = [trace._tensors() for trace in traces]
@@ -179,6 +185,11 @@ class RoutingTrace:
         texts = {id: text for trace in traces for id, text in trace.about.get("texts", {}).items()}
         said = traces[0].about | ({"texts": texts} if texts else {})
         return RoutingTrace(traces[0].layers, **joined, label_names=names, about=said)
+
+
+def entropy_of(probs: Float[Tensor, "*token expert"]) -> Float[Tensor, " *token"]:
+    """In nats. 0 log 0 is 0, by a bound on the logarithm, which is twice as fast as torch.special.entr."""
+    return -(probs * probs.clamp(min=torch.finfo(probs.dtype).tiny).log()).sum(-1)
 
 
 def margins_of(probs: Float[Tensor, "*token expert"], k: int) -> Float[Tensor, " *token"]:
@@ -244,6 +255,12 @@ def check_expert(n_layers: int, n_experts: int, layer: int, expert: int | None =
     return layer % n_layers
 
 
+def plain(label: Label) -> Any:
+    """A label, or a list of one for each token, from whatever holds it: a tuple, an array, a tensor, a column."""
+    label = label.tolist() if hasattr(label, "tolist") else label
+    return list(label) if isinstance(label, tuple | range) else label
+
+
 def numbered(labels: Sequence[Label], real: Bool[Tensor, "prompt pos"], names: list[str]) -> Int[Tensor, "prompt pos"]:
     """Each token's label as its number in `names`, which grows by those that are new; 0 on padding.
 
@@ -254,8 +271,9 @@ def numbered(labels: Sequence[Label], real: Bool[Tensor, "prompt pos"], names: l
         raise ValueError(f"There are {len(labels)} labels for {len(real)} prompts: give one for each.")
     numbers = torch.zeros(real.shape, dtype=torch.long)
     for row, (label, here) in enumerate(zip(labels, real.cpu(), strict=True)):
-        each = [label] if isinstance(label, str | int) else list(label)
-        if isinstance(label, list | tuple) and len(each) != here.sum():
+        label = plain(label)
+        each = label if isinstance(label, list) else [label]
+        if isinstance(label, list) and len(each) != here.sum():
             raise ValueError(
                 f"Prompt {row} has {int(here.sum())} tokens and {len(each)} labels: give one for all, or one for each."
             )
@@ -264,6 +282,11 @@ def numbered(labels: Sequence[Label], real: Bool[Tensor, "prompt pos"], names: l
                 names.append(name)
         numbers[row, here] = torch.tensor([names.index(str(one)) for one in each])  # one label fills the row
     return numbers
+
+
+def likeliest(logits: Float[Tensor, "*batch_and_pos d_vocab"]) -> Int[Tensor, " *batch_and_pos"]:
+    """argmax. On a CPU numpy's, which is vectorised as torch's is not: 2 ms and 20 for 8192 tokens of 1328."""
+    return torch.from_numpy(ops.wide(logits).numpy().argmax(-1)) if logits.is_cpu else logits.argmax(-1)
 
 
 ROUTER = ("indices", "weights", "probs")
@@ -277,7 +300,7 @@ def run_traced(
     layers, seen = tuple(range(model.cfg.n_layers)), {}
     sites = [f"blocks.{layer}.moe.router.hook_{what}" for layer in layers for what in ROUTER]
     with model.hooks([(site, Reader(seen.__setitem__)) for site in sites]):
-        predicted = model(tokens, attention_mask=mask).argmax(-1)
+        predicted = likeliest(model(tokens, attention_mask=mask))
     by_layer = {what: [seen[f"blocks.{layer}.moe.router.hook_{what}"] for layer in layers] for what in ROUTER}
     routed = {what: torch.stack(found) for what, found in by_layer.items()}
     real = torch.ones_like(predicted, dtype=torch.bool) if mask is None else mask.bool()

@@ -192,6 +192,11 @@ def test_matched_slots_are_as_many_tokens_and_never_the_expert():
         hit = _matched(chosen, expert, real, torch.Generator().manual_seed(expert))
         assert hit.sum() == ((chosen == expert).any(-1) & real).sum() == hit.any(-1).sum()
         assert not (hit & (chosen == expert)).any() and not hit[~real].any()
+    # At one expert a token, a token that chose it has no other slot: others are taken, as far as there are any.
+    chosen = torch.tensor([[0, 0, 1, 2, 3], [1, 1, 1, 1, 0]])[..., None]
+    for expert, n in ((0, 3), (1, 5), (4, 0)):
+        hit = _matched(chosen, expert, torch.ones(2, 5, dtype=torch.bool), torch.Generator().manual_seed(0))
+        assert hit.sum() == n and not (hit & (chosen == expert)).any()
 
 
 def test_padding_batches_and_labels_change_nothing_but_the_table(nano, languages):
@@ -210,6 +215,8 @@ def test_padding_batches_and_labels_change_nothing_but_the_table(nano, languages
     expected = effect.by_token.values[1, rows].mean().item()
     assert by_label.loc[(3, labels[0]), "loss"] == pytest.approx(expected)
     tokens = [list(range(len(nano.to_tokens(text)[0]))) for text in texts]
+    mixed = gs.expert_ablation(nano, texts[:2], labels=[tokens[0], labels[1]], **settings).tokens["label"].tolist()
+    assert mixed[: len(tokens[0]) - 1] == tokens[0][:-1] and set(mixed[len(tokens[0]) - 1 :]) == {labels[1]}
     by_place = gs.expert_ablation(nano, texts, labels=tokens, **settings)
     assert by_place.tokens["label"].tolist() == by_place.tokens["pos"].tolist()
 
@@ -298,8 +305,9 @@ def test_bad_input_is_refused(tiny):
         gs.expert_ablation(tiny, TOKENS, experts=[8])
     with pytest.raises(ValueError, match="mode is 'drop'; it is one of silence, reroute, mean, replace, force"):
         gs.expert_ablation(tiny, TOKENS, "drop")
-    with pytest.raises(ValueError, match="labels for 2 texts and 3 texts"):
-        gs.expert_ablation(tiny, TOKENS, labels=["a", "b"])
+    for labels, n in ((["a", "b"], 2), ("abc", 1)):
+        with pytest.raises(ValueError, match=f"labels for {n} texts and 3 texts"):
+            gs.expert_ablation(tiny, TOKENS, labels=labels)
     with pytest.raises(ValueError, match=r"Text 1 has 9 tokens \(BOS is one\) and labels for 8"):
         gs.expert_ablation(tiny, TOKENS, labels=[[0] * 9, [0] * 8, [0] * 9])
     with pytest.raises(ValueError, match="Text 0 has one token"):

@@ -1,6 +1,8 @@
 """Texts are read from every kind of file; what cannot be read is named, and the rest goes on."""
 
 import json
+import os
+from pathlib import Path
 
 import pandas
 import pytest
@@ -39,11 +41,29 @@ def test_a_line_is_a_text(tmp_path):
     assert list(TextFiles([tmp_path / "tale.txt"])) == [("once", "tale"), ("upon a time", "tale")]
 
 
+def test_files_of_windows_and_loud_endings_are_read(tmp_path):
+    (tmp_path / "a.CSV").write_text("text,domain\none,x\n", encoding="utf-8-sig")
+    (tmp_path / "b.JSONL").write_text('{"text": "two", "domain": "y"}\n', encoding="utf-8-sig")
+    (tmp_path / "c.TXT").write_text("three\n", encoding="utf-8-sig")
+    files = TextFiles([tmp_path / "a.CSV", tmp_path / "b.JSONL"], label="domain")
+    assert list(files) == [("one", "x"), ("two", "y")] and not files.trouble
+    assert list(TextFiles([tmp_path / "c.TXT"])) == [("three", "c")]
+
+
+def test_a_label_can_be_written_whatever_the_file_is_called(tmp_path):
+    path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.txt"))
+    path.write_text("one\n")
+    assert list(TextFiles([path])) == [("one", "caf\\udce9")]
+    (tmp_path / "odd.jsonl").write_text('{"text": "two", "domain": "\\ud800"}\n')
+    assert list(TextFiles([tmp_path / "odd.jsonl"], label="domain")) == [("two", "\\ud800")]
+
+
 def test_what_cannot_be_read_is_named_and_the_rest_goes_on(tmp_path, capsys):
     (tmp_path / "latin.txt").write_bytes("caf\xe9".encode("latin-1"))
     (tmp_path / "torn.jsonl").write_text('{"text": "good"}\n{"text": ')
     (tmp_path / "list.jsonl").write_text("[1]\n")
     (tmp_path / "number.jsonl").write_text('{"text": 7}\n')
+    (tmp_path / "half.jsonl").write_text('{"text": "whole"}\n{"text": "half \\ud800"}\n')
     (tmp_path / "torn.parquet").write_bytes(b"PAR1 and no more")
     (tmp_path / "image.png").write_bytes(b"")
     (tmp_path / "good.txt").write_text("still read\n")
@@ -53,13 +73,15 @@ def test_what_cannot_be_read_is_named_and_the_rest_goes_on(tmp_path, capsys):
         "torn.jsonl",
         "list.jsonl",
         "number.jsonl",
+        "half.jsonl",
         "torn.parquet",
         "image.png",
         "good.txt",
     ]
     files = TextFiles([tmp_path / name for name in names])
-    assert list(files) == [("good", "torn"), ("still read", "good")]
-    assert len(files.trouble) == 7
+    assert list(files) == [("good", "torn"), ("whole", "half"), ("still read", "good")]
+    assert len(files.trouble) == 8
+    assert "holds half of a character" in files.trouble[5] and files.trouble[5].endswith("read up to text 1.")
     said = dict(zip(names, files.trouble, strict=False))
     assert "No such file" in said["none.txt"] and "not UTF-8" in said["latin.txt"]
     assert "Line 2 is not JSON" in said["torn.jsonl"] and said["torn.jsonl"].endswith("It was read up to text 1.")

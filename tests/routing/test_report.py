@@ -1,5 +1,6 @@
 """The report: its tables are what the single functions give, its page stands alone, and Ctrl-C leaves what there is."""
 
+import io
 import math
 import random
 import re
@@ -10,10 +11,14 @@ import torch
 from scipy.stats import spearmanr
 
 import gemmascope as gs
+from gemmascope import progress
+from gemmascope.experiments import sweep
+from gemmascope.readout import activations
 from gemmascope.readout.activations import Prompts
-from gemmascope.routing import page
+from gemmascope.routing import counts, effects, page, trace
 from gemmascope.routing import statistics as S
-from gemmascope.routing.report import CELL, STATISTICS, _Sample, report
+from gemmascope.routing.report import CELL, STATISTICS, report
+from gemmascope.routing.sample import Sample
 from gemmascope.testing import tiny_model
 from gemmascope.zoo.corpus import LANGUAGES, Corpus
 
@@ -129,20 +134,81 @@ def test_ctrl_c_keeps_what_there_is(tiny, capsys, monkeypatch):
     made = report(tiny, texts(), batch_size=1, causal=False, **QUIET)
     assert made.counts.n_tokens == sum(map(len, rows(16)))
     assert f"{made.counts.n_tokens} tokens counted so far" in capsys.readouterr().out
+    assert "Counting was interrupted: not all of the 17 texts" in made.findings[1]
 
     def stopped(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("gemmascope.routing.report.expert_ablation", stopped)
-    made = report(tiny, rows(4), **QUIET)
+    with pytest.raises(KeyboardInterrupt):  # nothing was counted: there is nothing to keep
+        report(tiny, (stopped() for _ in range(3)), **QUIET)
+    with monkeypatch.context() as patch:
+        patch.setattr("gemmascope.routing.report.expert_ablation", stopped)
+        made = report(tiny, rows(4), **QUIET)
     assert made.silenced is None and made.profile is not None
     assert "what was not measured yet is left out" in capsys.readouterr().out
+    assert "not done, or not on all 4 texts: silencing, the first choice alone" in made.findings[1]
+
+
+def test_ctrl_c_keeps_the_effects_of_the_texts_that_are_done(tiny, capsys, monkeypatch, tmp_path):
+    texts, whole = rows(40), report(tiny, rows(40), ["a", "b"] * 20, sample=40, **QUIET)
+    stop_after(monkeypatch, 2)
+    made = report(tiny, texts, ["a", "b"] * 20, sample=40, **QUIET)
+    n = made.silenced.n_texts
+    assert n in (24, 32) and f"stopped, with {n} of 40 texts done" in capsys.readouterr().out
+    assert made.branch is None and made.estimate is None and made.profile is not None
+    assert f"On {n} texts drawn at random" in " ".join(made.findings) and "not on all 40 texts" in made.findings[1]
+    numbers = made.silenced.tokens["text"].unique().tolist()
+    assert len(numbers) == n and made.silenced.loss.about["settings"]["texts"] == n
+    torch.testing.assert_close(made.silenced.loss.values, whole.silenced.loss.values[:, numbers])
+    torch.testing.assert_close(made.silenced.kl.values, whole.silenced.kl.values[:, numbers])
+    here = torch.tensor(whole.silenced.tokens["text"].isin(numbers).to_numpy())
+    torch.testing.assert_close(made.silenced.by_token.values, whole.silenced.by_token.values[:, here])
+    tokens = whole.silenced.tokens[here.numpy()].reset_index(drop=True)
+    pandas.testing.assert_frame_equal(made.silenced.tokens, tokens)
+    assert made.silenced.load.view(2, -1).sum(-1).tolist() == pytest.approx([3, 3])
+    assert "Measuring was interrupted" in made.to_html(tmp_path / "page.html").read_text(encoding="utf-8")
+
+
+def stop_after(monkeypatch, n_batches):
+    """Ctrl-C in the midst of a batch of an ablation, when as many are done."""
+    run, begun = effects._run_batch, []
+
+    def stopped(*args):
+        begun.append(1)
+        for number, count in enumerate(run(*args)):
+            if len(begun) > n_batches and number == 1:
+                raise KeyboardInterrupt
+            yield count
+
+    monkeypatch.setattr(effects, "_run_batch", stopped)
+
+
+def test_one_bar_shows_the_whole_report(nano, languages, monkeypatch):
+    bars = []
+
+    class Bar(progress.tqdm):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs | dict(delay=0, file=io.StringIO()))
+            bars.append(self)
+            self.said, self.hidden = [kwargs.get("desc")], kwargs["disable"]
+
+        def set_description(self, desc=None, refresh=True):
+            self.said.append(desc)
+            super().set_description(desc, refresh)
+
+    monkeypatch.setattr(progress, "tqdm", Bar)
+    for module in (counts, trace, activations, sweep):
+        monkeypatch.setattr(module, "tqdm", Bar)
+    report(nano, *languages, sample=6, max_experts=12)
+    shown = [bar for bar in bars if not bar.hidden]
+    assert len(shown) == 1 and shown[0].n == shown[0].total > 20
+    assert shown[0].said[0] == "counting" and {"contributions", "silencing", "the estimate"} <= set(shown[0].said)
 
 
 def test_the_sample_is_fair():
     hits = torch.zeros(30)
     for seed in range(600):
-        sample = _Sample(6, seed)
+        sample = Sample(6, seed)
         assert len(list(sample.passing((torch.full((2,), n), "all") for n in range(30)))) == 30
         hits[[int(ids[0]) for ids, _ in sample.kept]] += 1
     assert len(sample.kept) == 6
@@ -169,6 +235,12 @@ def test_the_page_stands_alone_and_is_escaped(tiny, tmp_path):
         assert f'id="plot-{name}"' in rest
     for html in (made._repr_html_(), made.plots["domains"].to_json().replace("\\u003c", "<")):
         assert "<img" not in html
+
+
+def test_labels_that_start_alike_keep_their_rows(tiny):
+    labels = ["a long name of a file, part 1", "a long name of a file, part 2"] * 3
+    [drawn] = report(tiny, rows(6), labels, causal=False, **QUIET).plots["domains"].data
+    assert len(set(drawn.y)) == 2 and drawn.z.shape[0] == 2
 
 
 @pytest.mark.parametrize("n_labels", [0, 1, 2])

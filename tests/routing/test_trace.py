@@ -1,13 +1,19 @@
 """Routing traces and counts: what they hold, how they join, what they refuse."""
 
 import itertools
+import signal
+from dataclasses import replace
 
+import numpy
+import pandas
 import pytest
 import torch
 
 import gemmascope as gs
+from gemmascope.model.text import Block
 from gemmascope.results import about
 from gemmascope.routing.counts import MARGIN_EDGES
+from gemmascope.routing.trace import likeliest
 from gemmascope.testing import tiny_model
 
 WIDTHS = (9, 4, 9, 1, 7)
@@ -232,12 +238,60 @@ def test_a_long_text_is_cut_and_tokens_can_be_left_out(model, texts):
     assert torch.equal(found.total("chosen")[0].sum(0), chosen)
 
 
+def test_labels_come_in_any_holder(model, texts):
+    expected = count(model, texts[:2], ["1", "0"])
+    for labels in ([1, 0], torch.tensor([1, 0]), numpy.array([1, 0]), pandas.Series([1, 0]), iter("10")):
+        same_counts(count(model, texts[:2], labels), expected)
+    each = [["0"] * 4 + ["1"] * 5, "x"]
+    expected = count(model, texts[:2], each, window=4)
+    for first in (torch.tensor([0] * 4 + [1] * 5), numpy.array(each[0]), tuple(each[0]), pandas.Series(each[0])):
+        same_counts(count(model, texts[:2], [first, "x"], window=4), expected)
+    assert gs.trace_routing(model, texts[0], [torch.tensor([0] * 4 + [1] * 5)], progress=False).label_names == (
+        "0",
+        "1",
+    )
+    assert count(model, texts[:1], "one label").labels == ["one label"]
+
+
 def test_only_routers_are_watched(model, texts, monkeypatch):
     watched = []
     hooks = model.hooks
     monkeypatch.setattr(model, "hooks", lambda fwd: (watched.extend(name for name, _ in fwd), hooks(fwd))[1])
     count(model, texts)
     assert len(watched) == 18 and all("moe.router.hook_" in name for name in watched)
+
+
+def test_a_watched_router_leaves_the_rest_fused_and_equal(model, monkeypatch):
+    tokens = torch.randint(3, 101, (2, 9))
+    plain, seen = model(tokens), []
+    monkeypatch.setattr(Block, "with_sites", lambda *_: pytest.fail("A block ran step by step."))
+    for part in ("in", "logits", "probs", "indices", "weights"):
+        name = f"blocks.2.moe.router.hook_{part}"
+        assert torch.equal(model.run_with_hooks(tokens, fwd_hooks=[(name, lambda x, hook: seen.append(x))]), plain)
+    assert len(seen) == 5
+    first = [("blocks.2.moe.router.hook_weights", lambda x, hook: x * torch.tensor([1.0, 0, 0]))]
+    changed = model.run_with_hooks(tokens, fwd_hooks=first)
+    monkeypatch.undo()
+    both = [*first, ("blocks.2.hook_resid_mid", lambda x, hook: seen.append(x))]
+    assert torch.equal(model.run_with_hooks(tokens, fwd_hooks=both), changed) and not torch.equal(changed, plain)
+    with pytest.raises(ValueError, match="blocks.2.moe.router.hook_weights would never run"):
+        model.run_with_hooks(tokens, fwd_hooks=first, stop_at_layer=1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_the_likeliest_token_is_the_argmax(dtype):
+    logits = torch.randn(2, 5, 40).to(dtype)
+    found = likeliest(logits)
+    assert found.shape == (2, 5) and torch.equal(logits.gather(-1, found[..., None])[..., 0], logits.amax(-1))
+
+
+def test_counts_from_a_folder_learn_the_texts_of_new_tokens(tmp_path):
+    nano = gs.load("nano-moe")
+    count(nano, ["When Mary and John"]).save(tmp_path)
+    kept = gs.RoutingCounts.read(tmp_path)
+    count(nano, ["The capital of Norland is"], into=kept)
+    assert {" Mary", " Norland"} <= set(kept.texts.values())
+    assert set(kept.texts) == set(torch.stack([*kept.seen.values()]).any(0).nonzero()[:, 0].tolist())
 
 
 def test_what_is_refused(model, texts, tmp_path):
@@ -270,6 +324,17 @@ def test_what_is_refused(model, texts, tmp_path):
         count(model, iter(texts[:2]), iter("abc"))
     with pytest.raises(ValueError, match="Text 1 has 4 tokens and 3 labels"):
         count(model, texts[:2], ["a", ["b"] * 3])
+    with pytest.raises(ValueError, match="There are 1 labels for 2 texts"):
+        count(model, texts[:2], "ab")
+    for wrong, said in ((None, "NoneType"), ([5, 6], "list"), (texts[0][None], r"a tensor of shape \[1, 9\]")):
+        with pytest.raises(ValueError, match=f"Text 1 is {said}: give text, or a tensor of token ids"):
+            count(model, iter([texts[0], wrong]))  # as a stream: annotations, checked in tests, refuse a list
+    trace = gs.trace_routing(model, texts[0], progress=False)
+    some = replace(trace, layers=(1, 2), indices=trace.indices[1:3], weights=trace.weights[1:3], probs=trace.probs[1:3])
+    with pytest.raises(ValueError, match="of layers 1, 2; counts are of all 6"):
+        counts.add(some)
+    with pytest.raises(ValueError, match="of layers 1, 2 and some of 2, 3"):
+        gs.RoutingTrace.merge([some, replace(some, layers=(2, 3))])
     with pytest.raises(ValueError, match="corpus is empty"):
         count(model, [])
     with pytest.raises(ValueError, match="window is 0"):
@@ -282,6 +347,23 @@ def test_what_is_refused(model, texts, tmp_path):
         gs.RoutingCounts.read(tmp_path)
     with pytest.raises(ValueError, match="temperature is for a generation"):
         gs.trace_routing(model, texts[0], temperature=1.0)
+
+
+def test_ctrl_c_waits_until_a_batch_is_counted(model, texts, monkeypatch):
+    counts, add_steps = gs.RoutingCounts(model), gs.RoutingCounts._add_steps
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background, shells ignore it
+
+    def pressed(self, *args):
+        signal.raise_signal(signal.SIGINT)
+        add_steps(self, *args)
+
+    monkeypatch.setattr(gs.RoutingCounts, "_add_steps", pressed)
+    with pytest.raises(KeyboardInterrupt):
+        count(model, texts, LABELS, batch_size=2, into=counts)
+    monkeypatch.undo()
+    assert counts.n_tokens == sum(WIDTHS[:2])
+    same_counts(counts, count(model, texts[:2], LABELS[:2]))
+    assert signal.signal(signal.SIGINT, before) is signal.default_int_handler
 
 
 def test_what_was_counted_before_a_bad_text_stays(model, texts):
