@@ -78,7 +78,7 @@ export function attributionGrid(v, { pick, peek, said, others }) {
       if (own) own.of ??= of;
       at = { row: layer, column: own?.of === of ? own.column : columns.findIndex(same) };
       const names = { rows: layers.map((_, l) => `layer ${l}`), columns: columns.map(({ name }) => name) };
-      grid.show({ image: canvas, ...names, at, sentence: told(at), gutter: 70, head: 84, most: 30 });
+      grid.show({ image: canvas, ...names, at, sentence: told(at), gutter: 70, head: 94, most: 30 });
       return reach;
     },
   };
