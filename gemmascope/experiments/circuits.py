@@ -139,6 +139,12 @@ class Circuit:
     def _repr_html_(self) -> str:
         return f"<p>{self!r}</p>{self.top(12).to_html(escape=True)}"
 
+    def view(self, *, selection=None):
+        """The circuit's edges as a grid of senders and receivers, empty where there is none: see `Result.view`."""
+        rows = self.edges.index
+        cells, values = self.result.cells.loc[rows].reset_index(drop=True), self.result.values[rows.tolist()]
+        return replace(self.result, cells=cells, values=values).view(selection=selection)
+
     def _edges(self) -> list[Edge]:
         return self.wiring.edges if self.kept is None else list(self.kept)
 

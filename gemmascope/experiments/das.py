@@ -52,6 +52,10 @@ class DAS:
     held_out: Int[Tensor, " pair"]
     """The pairs that training did not see."""
 
+    def view(self, *, selection=None):
+        """The accuracy beside its controls: see `Result.view`."""
+        return self.accuracy.view(selection=selection)
+
     def _repr_html_(self) -> str:
         return self.accuracy._repr_html_()
 

@@ -81,6 +81,10 @@ class SteerSweep:
         figure.update_xaxes(title="strength")
         return figure.update_layout(showlegend=False, template=look(), title=self.effect.experiment)
 
+    def view(self, *, selection=None):
+        """The metric by strength: see `Result.view`. `side_effects.view()` is the other half."""
+        return self.effect.view(selection=selection)
+
     def _repr_html_(self) -> str:
         return self.table.to_html(escape=True)
 

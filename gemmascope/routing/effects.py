@@ -112,6 +112,10 @@ class RoutingEffect:
         """The change of the loss as a plotly figure."""
         return self.loss.plot()
 
+    def view(self, *, selection=None):
+        """The change of the loss as a grid: see `Result.view`."""
+        return self.loss.view(selection=selection)
+
     def _repr_html_(self) -> str:
         return self.table.to_html(max_rows=12, escape=True)
 

@@ -72,6 +72,10 @@ class Localisation:
         silenced = self.check.cells.assign(silenced=self.check.mean.tolist())
         return table.merge(silenced, "left", ["layer", "expert"]).sort_values("p", kind="stable", ignore_index=True)
 
+    def view(self, *, selection=None):
+        """The contrast as a grid of layers and experts: see `Result.view`."""
+        return self.contrast.view(selection=selection)
+
     def _repr_html_(self) -> str:
         return self.table.to_html(max_rows=12, escape=True)
 
