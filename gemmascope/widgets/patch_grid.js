@@ -77,7 +77,7 @@ export const patchGrid = view({
     const tokens = patchTokens(v, (token) => v.select({ token }));
     const panel = h("div", { className: "panel" }, heading, lines, rerun, why, tokens.el);
     const pair = prompts && patchPrompts(v, prompts, (column) => pickColumn(column));
-    const progress = h("div", { className: "controls progress" }, start, bar, left, facets, taken);
+    const progress = h("div", { className: "controls sweeping" }, start, bar, left, facets, taken);
     if (pair) v.body.append(pair.el);
     const picture = h("div", { className: "picture" }, map.el, legend);
     v.body.append(facts, controls, progress, h("div", { className: "split" }, picture, panel));

@@ -42,7 +42,7 @@ def test_a_sweep_runs_from_the_page_stops_and_goes_on(open_view, settled, model,
     def counting(**asked):
         calls.append(asked["first"])
         if len(calls) == 2:
-            page.evaluate("() => document.querySelector('.progress .commit').click()")
+            page.evaluate("() => document.querySelector('.sweeping .commit').click()")
         return cells(**asked)
 
     grid.answers["cells"] = counting
