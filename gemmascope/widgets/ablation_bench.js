@@ -155,6 +155,7 @@ export const ablationBench = view({
       h("div", { role: "row" }, ...chips),
     );
     const legend = h("div", { className: "legend" });
+    let lit = 0;
     const goPos = (pos) => v.select({ pos: clamp(pos, 0, n - 1) });
     onKeys(strip, (columns, lines) => goPos(at() + columns + (Math.abs(lines) === Infinity ? lines : lines * 10)));
     strip.addEventListener("click", (event) => {
@@ -376,7 +377,8 @@ export const ablationBench = view({
         const here = { ...v.now, layer: v.now.layer === null ? null : place(v.now.layer, layers.length) };
         grid.show({ off: keysOf(staged()), committed: keysOf(committed()), why: fixedPage, here });
         drawNeurons();
-        chips.forEach((chip, i) => (chip.ariaSelected = String(i === pos)));
+        for (const chip of [chips[lit], chips[pos]]) chip.ariaSelected = String(chip === chips[pos]);
+        lit = pos;
         strip.setAttribute("aria-activedescendant", chips[pos].id);
         reveal(strip, chips[pos]);
         drawEffect();
