@@ -34,8 +34,8 @@ export const ablationBench = view({
 
     const nameOf = (component) => benchName(names, component);
     const namesOf = (on) => (on.length ? on.map(nameOf).join(", ") : "nothing");
-    const staged = () => chosenOf(v.state);
     const committed = () => chosenOf(v.state.log[v.state.at] ?? NO_ABLATION);
+    const staged = () => (v.page ? committed() : chosenOf(v.state)); // a page can commit nothing
     /** What of a choice matters to the model. */
     function essence({ on, kind, experts, donor }) {
       const routed = on.some(([what]) => what === "expert");
@@ -209,7 +209,9 @@ export const ablationBench = view({
     function drawNeurons() {
       const layer = place(v.now.layer, layers.length);
       const pos = at();
-      const off = v.state.on.filter(([what, l]) => what === "neuron" && l === layer).map(([, , index]) => index);
+      const off = staged()
+        .on.filter(([what, l]) => what === "neuron" && l === layer)
+        .map(([, , index]) => index);
       const draw = (ids, values) => {
         neuronTitle.textContent = `${v.data.experts ? "Neurons of the dense branch" : "Neurons"} of layer ${layer}${ids.length ? `, largest at ${pos} ${shown(tokens[pos])}` : ""}`;
         const all = [...new Set([...off, ...ids])];
@@ -281,7 +283,7 @@ export const ablationBench = view({
     );
     function drawControls() {
       const { state } = v;
-      radios.forEach((label) => (label.firstChild.checked = label.firstChild.value === state.kind));
+      radios.forEach((label) => (label.firstChild.checked = label.firstChild.value === staged().kind));
       donorChoice.hidden = state.kind !== "resample";
       donorChoice.querySelector("select").value = String(state.donor);
       Object.assign(expertChoice.querySelector("select"), { value: state.experts, disabled: v.page });
