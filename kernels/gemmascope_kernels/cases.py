@@ -257,6 +257,7 @@ CASES = (
             "four": _mixture(4, 33, 17, 5, 2, gain=True),
             "many": _mixture(70, 40, 24, 4, 2, gain=True),
             "lopsided": _mixture(37, 24, 16, 16, 1, one_expert=True),
+            "odd": _mixture(84, 33, 25, 8, 2, gain=True),
         }.items()
     ),
     Case("grouped_linear", "few", _grouped(3, 24, 17, 5)),

@@ -1,8 +1,8 @@
 """Experts in plain PyTorch, fast on a CPU: what `reference.py` means, in fewer passes over memory.
 
-With few rows an expert's work is reading its weights, so these are read where they lie, once: the rows are sorted by
-expert, taken through, and put back. A run with hooks calls the pieces instead, `grouped_linear`, `geglu` and
-`grouped_linear`, and has the same bits.
+An expert's work is reading its weights when its rows are few, and its products when they are many. So weights are read
+where they lie, once: rows are sorted by expert and taken through, all of them or one expert's at a time. A run with
+hooks calls the pieces instead, `grouped_linear`, `geglu` and `grouped_linear`, and has the same bits.
 """
 
 import math
@@ -18,6 +18,8 @@ GATHERED = {torch.bfloat16: 2**18, torch.float32: 2**17}
 """Bytes of weights up to which copying every row's matrix costs less than sorting the rows."""
 GROUPED = 2**20
 """Bytes of one matrix up to which a call costs more than its product: torch's own loop over experts is better there."""
+FEW = {torch.bfloat16: 32, torch.float32: 4}
+"""Rows an expert, on average, up to which torch's loop is the better one whatever the matrix."""
 COMPANY = 15
 """Spare rows after the last: a product of 5 to 15 rows is faster as one of 16, whatever the others hold."""
 
@@ -49,8 +51,10 @@ def experts(
 ) -> Tensor:
     """See `reference.experts`."""
     (n, k), d = indices.shape, down.shape[1]
-    said, place = _said(x, indices, gate_up, down)
     weights = weights if slot_gain is None else weights * slot_gain
+    if _loops(n * k, gate_up, down):
+        return _one_by_one(x, indices, weights, gate_up, down).sum(1)
+    said, place = _said(x, indices, gate_up, down)
     out, step = x.new_empty(n, d), max(1, min(n, 2**20 // (k * d)))  # as many tokens as stay in the cache
     slots, weighted = said.new_empty(step * k, d), wide(said[:0]).new_empty(step * k, d)
     for start in range(0, n, step):
@@ -68,8 +72,10 @@ def expert_slots(
     x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, slot_gain: Tensor | None = None
 ) -> Tensor:
     """See `reference.expert_slots`."""
-    said, place = _said(x, indices, gate_up, down)
     weights = weights if slot_gain is None else weights * slot_gain
+    if _loops(indices.numel(), gate_up, down):
+        return _one_by_one(x, indices, weights, gate_up, down)
+    said, place = _said(x, indices, gate_up, down)
     out = _large(place.numel(), down.shape[1], like=x)
     torch.index_select(said, 0, place.reshape(-1), out=out)
     return out.view(*place.shape, -1).mul_(weights[..., None])
@@ -117,28 +123,38 @@ def _said(x: Tensor, indices: Tensor, gate_up: Tensor, down: Tensor) -> tuple[Te
     """What the experts of all slots say, before its weight, in some order; and the place of each slot's: [n, k]."""
     (n, k), expert = indices.shape, indices.reshape(-1)
     every, way = torch.arange(n * k, device=x.device), _way(n * k, gate_up)
-    if way == "gather" or way != _way(n * k, down):
+    if way != "group" or way != _way(n * k, down):
         gate, up = grouped_linear(x.repeat_interleave(k, 0), expert, gate_up).chunk(2, dim=-1)
         return grouped_linear(geglu(gate, up), expert, down), every.view(n, k)
     order, counts = expert.argsort(stable=True), _counts(expert, len(down), way)
     rows, place = _taken(x, order // k, way), torch.empty_like(order).index_copy_(0, order, every).view(n, k)
-    if way == "loop":
-        return _one_by_one(rows, counts, gate_up, down), place
     gate, up = _through(rows, counts, gate_up, way).chunk(2, dim=-1)
     return _through(geglu(gate, up), counts, down, way), place
 
 
-def _one_by_one(rows: Tensor, counts: list[int], gate_up: Tensor, down: Tensor) -> Tensor:
-    """Sorted rows, each through both matrices of its expert, so that what lies between them stays in the cache."""
-    out, start = _large(len(rows), down.shape[1], like=rows), 0
-    room = rows.new_zeros(max(counts) + COMPANY, down.shape[2])
-    for number, n in enumerate(counts):
-        if n:
-            gate, up = _product(rows[start:], n, gate_up[number]).chunk(2, dim=-1)
-            room[:n] = geglu(gate, up)
-            out[start : start + n] = _product(room, n, down[number])
-        start += n
-    return out
+def _one_by_one(x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """`expert_slots`, an expert at a time: taken, through both matrices, weighted and put where they belong, its rows
+    stay in the cache, and the result is the only large memory that is asked for."""
+    (n, k), expert = indices.shape, indices.reshape(-1)
+    order, counts = expert.argsort(stable=True), _counts(expert, len(down), "loop")
+    token, weights = order // k, weights.reshape(-1, 1)[order]
+    out, most, start = _large(n * k, down.shape[1], like=x), max(counts) + COMPANY, 0
+    rows, room = x.new_zeros(most, x.shape[1]), x.new_zeros(most, down.shape[2])
+    for number, n_rows in enumerate(counts):
+        if n_rows:
+            here = slice(start, start + n_rows)
+            torch.index_select(x, 0, token[here], out=rows[:n_rows])
+            gate, up = _product(rows, n_rows, gate_up[number]).chunk(2, dim=-1)
+            room[:n_rows] = geglu(gate, up)
+            said = _product(room, n_rows, down[number])
+            # Converted by itself: a product of two dtypes converts number by number.
+            out.index_copy_(0, order[here], wide(said).mul_(weights[here]).type_as(x))
+            start += n_rows
+    return out.view(n, k, -1)
+
+
+def _loops(n_rows: int, gate_up: Tensor, down: Tensor) -> bool:
+    return _way(n_rows, gate_up) == _way(n_rows, down) == "loop"
 
 
 def _way(n_rows: int, weight: Tensor) -> str:
@@ -149,7 +165,8 @@ def _way(n_rows: int, weight: Tensor) -> str:
     # What grouped_mm takes, and where it is the faster one.
     aligned = all(size * weight.element_size() % 16 == 0 for size in weight.shape[1:])
     taken = weight.dtype == torch.bfloat16 or (weight.dtype == torch.float32 and not weight.is_cuda)
-    return "group" if aligned and taken and (weight.is_cuda or n_bytes <= GROUPED) else "loop"
+    few = n_rows <= FEW.get(weight.dtype, 0) * len(weight)
+    return "group" if aligned and taken and (weight.is_cuda or n_bytes <= GROUPED or few) else "loop"
 
 
 def _counts(expert: Tensor, n_experts: int, way: str) -> list[int] | Tensor:
@@ -180,13 +197,13 @@ def _through(rows: Tensor, counts: list[int] | Tensor, weight: Tensor, way: str)
 def _product(rows: Tensor, n: int, matrix: Tensor) -> Tensor:
     """The first n of some rows, which have company after them, times a matrix, in the form that reads it fastest.
 
-    As measured with 2 threads of an EPYC (Zen 4): MKL takes few rows one by one, unless they are the columns of the
-    second factor; these should be four at most, or full vectors. oneDNN (bfloat16) is slow with a single row.
+    As measured with 2 threads of an EPYC (Zen 4) and of a Xeon (Emerald Rapids): MKL is faster with 4 rows and some
+    more as columns of the second factor, on the EPYC if these are full vectors. With fewer the two disagree, each by
+    a factor of 1.6.
     """
-    if matrix.dtype == torch.bfloat16 or n > 64:
-        return rows[: max(n, 2)].mm(matrix.T)[:n]
-    columns = max(n, 2) if n <= 4 else max(n, 16)
-    return matrix.mm(rows[:columns].T)[:, :n].T
+    if matrix.dtype == torch.bfloat16 or not 4 <= n <= 32:
+        return rows[:n].mm(matrix.T)
+    return matrix.mm(rows[: max(n, 16)].T)[:, :n].T
 
 
 def _large(*shape: int, like: Tensor) -> Tensor:
