@@ -84,10 +84,10 @@ export function attentionMap(v, { name, pick, peek, moved, others }) {
   }
 
   // Keys and mouse.
-  const inside = { "+": () => zoomHere(2), "=": () => zoomHere(2), "-": () => zoomHere(0.5), 0: () => whole() };
+  const zooming = { "+": () => zoomHere(2), "=": () => zoomHere(2), "-": () => zoomHere(0.5), 0: () => whole() };
   const whole = () => zoomHere(1 / shown.rows);
   const move = (row, column) => pick(clamp(row, 0, shown.rows - 1), clamp(column, 0, shown.columns - 1));
-  onKeys(el, (columns, rows) => move(shown.at.row + rows, shown.at.column + columns), { ...inside, ...others });
+  onKeys(el, (columns, rows) => move(shown.at.row + rows, shown.at.column + columns), { ...zooming, ...others });
   const within = (event) => {
     const box = canvas.getBoundingClientRect();
     return [event.clientX - box.left - MAP_GUTTER, event.clientY - box.top - MAP_GUTTER];

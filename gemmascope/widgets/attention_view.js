@@ -288,9 +288,8 @@ export const attentionView = view({
         tile: source.tile,
         want: source.want,
         drawn: ([r, c]) => {
-          const told = [
-            r * c > 1 ? `Each cell is the largest weight of ${r} × ${c} positions; zoom in for single ones.` : "",
-          ];
+          const finer = source.blocks[0].every((size) => size === 1) ? "; zoom in for single ones" : "";
+          const told = [r * c > 1 ? `Each cell is the largest weight of ${r} × ${c} positions${finer}.` : ""];
           if (isBand) told.push("Across: how many positions back the key stands.");
           mapNote.textContent = told.filter(Boolean).join(" ");
         },

@@ -46,11 +46,11 @@ def said(page) -> str:
 
 def until(page, true) -> None:
     """Waits for what a page does later: keep a place, ask for what is in sight."""
-    for _ in range(100):
+    for _ in range(400):
         if true():
             return
         page.wait_for_timeout(50)
-    raise AssertionError("It did not come true in 5 seconds.")
+    raise AssertionError("It did not come true in 20 seconds.")
 
 
 def pixel(page, row: int, column: int, n: int = len(WORDS)) -> list[int]:
