@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -35,11 +36,14 @@ _KERNEL = f"({_PANEL}.sessionContext || {_PANEL}.context.sessionContext).session
 
 
 class Jupyter:
-    """The server. `command` starts it: what follows `python -m`."""
+    """The server: JupyterLab, or `gemmascope lab` on a copy of a notebook (Lab saves what it runs)."""
 
-    def __init__(self, root: Path, command: tuple[str, ...] = ("jupyter", "lab")):
+    def __init__(self, root: Path, opens: Path | None = None):
         self.root, self.work = root, root / "work"
         self.work.mkdir()
+        command = ["jupyter", "lab", f"--ServerApp.root_dir={self.work}"]
+        if opens is not None:
+            command = ["gemmascope.cli", "lab", shutil.copy(opens, self.work), "--"]
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
@@ -58,10 +62,9 @@ class Jupyter:
             "JUPYTERLAB_WORKSPACES_DIR": config / "workspaces",
         }
         environment = os.environ | {name: str(place) for name, place in own.items()}
-        options = [f"--port={self.port}", f"--ServerApp.root_dir={self.work}"]
         with (root / "log").open("w") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", *command, *options],
+                [sys.executable, "-m", *command, f"--port={self.port}"],
                 env=environment, stdout=log, stderr=log, start_new_session=True,
             )  # fmt: skip
         for _ in range(240):
@@ -115,7 +118,11 @@ class Notebook:
             return route.abort()
 
         self.page.route("**/*", only_the_server)
-        path = {"lab": f"/doc/tree/{name}?reset&", "notebook": f"/notebooks/{name}?factory=Notebook&"}[app]
+        path = {
+            "lab": f"/doc/tree/{name}?reset&",
+            "notebook": f"/notebooks/{name}?factory=Notebook&",
+            "opened": "/?",  # which leads to what `gemmascope lab` opens
+        }[app]
         self.page.goto(f"{server.address}{path}token={TOKEN}")
         self.page.wait_for_selector(".jp-Notebook .jp-Cell", timeout=90_000)
         ready = f"() => window.jupyterapp?.shell?.currentWidget && {_KERNEL}?.status === 'idle'"

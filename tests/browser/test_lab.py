@@ -1,74 +1,63 @@
-"""`gemmascope lab` as a person uses it: JupyterLab opens on the first notebook, and it runs, without a network."""
+"""The story of the first notebook, as a person lives it in the browser: `gemmascope lab` (which `make lab` runs) opens
+it, a head is found by eye, switched off, the bars move, and the Python that is copied gives the same numbers."""
 
-import os
-import shutil
-import signal
-import socket
-import subprocess
-import sys
-import time
-import urllib.request
-from contextlib import suppress
+import re
 from pathlib import Path
 
 import pytest
 
-NOTEBOOK = Path(__file__).parents[2] / "notebooks" / "01_first_look.ipynb"
-PANEL = "window.jupyterapp?.shell?.currentWidget"
+from tests.browser.jupyter import Jupyter, Notebook
 
-
-@pytest.fixture
-def lab(tmp_path):
-    """The address of a JupyterLab of its own, opened on a copy of the notebook (Lab saves what it runs)."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    copy = shutil.copy(NOTEBOOK, tmp_path)
-    options = ["--allow-root", "--no-browser", f"--port={port}", "--ServerApp.port_retries=0"]
-    options += ["--IdentityProvider.token=first", "--LabApp.expose_app_in_browser=True"]
-    folders = ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "IPYTHONDIR")
-    folders += ("JUPYTERLAB_SETTINGS_DIR", "JUPYTERLAB_WORKSPACES_DIR")
-    own = {name: str(tmp_path / "jupyter" / name.lower()) for name in folders}
-    with (tmp_path / "log").open("w") as log:
-        command = [sys.executable, "-m", "gemmascope.cli", "lab", str(copy), "--", *options]
-        server = subprocess.Popen(command, env=os.environ | own, stdout=log, stderr=log, start_new_session=True)
-    address = f"http://127.0.0.1:{port}"
-    try:
-        for _ in range(240):
-            with suppress(OSError):
-                urllib.request.urlopen(f"{address}/api?token=first", timeout=5)
-                break
-            assert server.poll() is None, (tmp_path / "log").read_text()
-            time.sleep(0.25)
-        yield address
-    finally:
-        os.killpg(server.pid, signal.SIGTERM)  # the kernel too
-        server.wait(20)
+FIRST = Path(__file__).parents[2] / "notebooks" / "01_first_look.ipynb"
+DIAGONAL = """els => els.map(el => {
+    const [side, ctx] = [el.width, el.getContext("2d")];
+    const light = (x, y) => { const [r, g, b] = ctx.getImageData(x, y, 1, 1).data; return r + g + b; };
+    const cell = side / 40, at = i => Math.floor((i + 0.5) * cell);
+    let dark = 0;  // in the light theme, what is read most is darkest
+    for (let query = 21; query < 40; query++) dark -= light(at(query - 19), at(query));
+    return dark;
+})"""
+"""How dark each thumbnail is along its second diagonal: from a token's second time to the one after its first."""
 
 
 @pytest.mark.browser
 @pytest.mark.slow
-def test_first_notebook_runs_in_jupyterlab(lab, browser):
-    context = browser.new_context(viewport={"width": 1300, "height": 1600})
-    page, outside = context.new_page(), []
+def test_a_head_found_by_eye_is_switched_off_and_the_copied_python_says_the_same(browser, tmp_path):
+    server = Jupyter(tmp_path, opens=FIRST)
+    context = browser.new_context(viewport={"width": 1400, "height": 2600})
+    try:
+        notebook = Notebook(server, context, FIRST.name, "opened")
+        notebook.run_all()
+        page = notebook.page
+        heads = page.locator(".gsc:has(.thumbs)")
+        heads.scroll_into_view_if_needed()
+        page.wait_for_timeout(1500)  # thumbnails come layer by layer
+        found = heads.locator(".thumb canvas").evaluate_all(DIAGONAL)
+        eye = heads.locator(".thumb").nth(found.index(max(found)))
+        eye.click()
+        layer, head = map(int, re.findall(r"\d+", eye.get_attribute("aria-label"))[:2])
+        assert notebook.python("print(heads.selection.layer, heads.selection.head)") == f"{layer} {head}"
+        assert layer == 2  # where the notebook says they are
 
-    def only_the_server(route):
-        if route.request.url.startswith((lab, "data:", "blob:")):
-            return route.continue_()
-        outside.append(route.request.url)
-        return route.abort()
+        bench = page.locator(".gsc:has(.bench)")
+        bench.scroll_into_view_if_needed()
+        before = bench.locator(".pairs").inner_text()
+        bench.get_by_role("switch", name=f"layer {layer} head {head}", exact=True).click()
+        bench.locator(".commit").click()
+        bench.locator(".log [role=option]").nth(1).wait_for(timeout=15_000)
+        page.wait_for_function("text => document.querySelector('.pairs').innerText !== text", arg=before)
+        assert notebook.python("print(bench.interventions)").count("Intervention") == 1
 
-    page.route("**/*", only_the_server)
-    page.goto(f"{lab}/?token=first")  # which leads to what `gemmascope lab` opens
-    page.wait_for_selector(".jp-Notebook .jp-Cell", timeout=60_000)
-    page.wait_for_function(f"() => {PANEL}?.sessionContext?.session?.kernel?.status === 'idle'", timeout=60_000)
-    page.evaluate("() => window.jupyterapp.commands.execute('notebook:run-all-cells')")
-    cells = f"[...{PANEL}.content.model.cells].filter(cell => cell.type === 'code')"
-    page.wait_for_function(f"() => {cells}.every(cell => cell.executionCount > 0)", timeout=240_000)
-    errors = page.evaluate(
-        f"() => {cells}.flatMap(cell => cell.outputs.toJSON()).filter(o => o.output_type === 'error')"
-    )
-    assert errors == []
-    page.wait_for_selector(".js-plotly-plot .main-svg", timeout=30_000)
-    assert outside == []
-    context.close()
+        bench.get_by_role("button", name="Python", exact=True).click()
+        text = bench.locator(".aside pre").inner_text()
+        told = [
+            re.findall(r"-?\d+\.\d+", line.split("#")[-1]) for line in text.splitlines() if line.startswith("print")
+        ]
+        printed = notebook.python(f"exec({text!r}, {{}})").splitlines()
+        assert [re.findall(r"-?\d+\.\d+", line) for line in printed] == told
+        on_screen = " ".join(bench.locator(".facts, .pairs").all_inner_texts())
+        assert told and all(figure in on_screen for line in told for figure in line)
+        assert (notebook.outside, notebook.errors) == ([], [])
+    finally:
+        context.close()
+        server.close()
