@@ -21,6 +21,6 @@ VIEWS = {
     "AblationBench": "gs.ablation_bench(model, prompt, answers=(' Mary', ' John'), selection=selection)",
     "PatchGrid": "gs.patch_grid(model, prompt, corrupted, answers=(' Mary', ' John'), selection=selection)",
     "ProbeView": "probes.view(model=model, prompts=texts, selection=selection)",
-    "UnitView": "gs.unit_view(model, 'blocks.3.mlp.hook_post', texts, neuron=17, selection=selection)",
+    "UnitView": "gs.unit_view(model, 'blocks.3.mlp.hook_post', texts, neuron=36, selection=selection)",
     "ModelMap": "gs.model_map(model, prompt, selection=selection)",
 }
