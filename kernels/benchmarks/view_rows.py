@@ -178,11 +178,11 @@ def _figure(run, *given) -> Variants:
 
 
 def view_rows() -> Iterator[Row]:
-    board = 'gs.dashboard(model, prompt, views=["token_strip", "lens_view", "attention_view", "router_view"])'
+    board = 'gs.dashboard(model, prompt, views=["token_strip", "attention_view"])'
     bench = "gs.ablation_bench(model, prompt)"
     long, lab = "1 layer, 8 heads, 1024 tokens", "64 tokens of nano-moe, JupyterLab"
     for name, wanted, run, shape, unit in (
-        ("view_hop", "under 20 ms", (in_lab, board, HOP), f"{lab}, 4 views", "ms (page)"),
+        ("view_hop", "under 20 ms", (in_lab, board, HOP), f"{lab}, strip to attention", "ms (page)"),
         ("view_commit", "under 300 ms", (in_lab, bench, COMMIT), lab, "ms (page)"),
         ("view_wire", "at most 9 MB", (painted, "wire"), f"{long}, every map", "MB"),
         ("view_painted", "under 500 ms", (painted, "painted"), f"{long}, a map", "ms (page)"),
