@@ -5,7 +5,12 @@ import { followTheme } from "./view.js";
 
 export async function dashboard({ model, el, host, signal = new AbortController().signal }) {
   const { title, facts } = model.get("data");
-  const heading = h("header", {}, h("h2", { dir: "auto" }, title), h("p", { className: "note", dir: "auto" }, facts.join(" · ")));
+  const heading = h(
+    "header",
+    {},
+    h("h2", { dir: "auto" }, title),
+    h("p", { className: "note", dir: "auto" }, facts.join(" · ")),
+  );
   const places = model.get("children").map(() => h("div"));
   const root = h("div", { className: "gsc dashboard" }, heading, h("div", { className: "views" }, ...places));
   followTheme(root, signal);

@@ -4,7 +4,8 @@ export const clamp = (x, low, high) => Math.min(Math.max(x, low), high);
 export const range = (n) => Array.from({ length: n }, (_, i) => i);
 
 /** A place among n that somebody selected: counted from the end where negative, `otherwise` where nobody did. */
-export const place = (i, n, otherwise = 0) => (i === null || i === undefined ? otherwise : clamp(i < 0 ? i + n : i, 0, n - 1));
+export const place = (i, n, otherwise = 0) =>
+  i === null || i === undefined ? otherwise : clamp(i < 0 ? i + n : i, 0, n - 1);
 
 /** A token with everything invisible made visible. */
 export function shown(text) {
@@ -16,7 +17,11 @@ export function shown(text) {
 
 /** A number in a table or a sentence; a dash for what is none. */
 export const number = (x, digits = 3) =>
-  x === null || !Number.isFinite(x) ? "–" : x === 0 || Math.abs(x) >= 10 ** -digits ? x.toFixed(digits) : x.toExponential(1);
+  x === null || !Number.isFinite(x)
+    ? "–"
+    : x === 0 || Math.abs(x) >= 10 ** -digits
+      ? x.toFixed(digits)
+      : x.toExponential(1);
 export const plural = (count, noun) => `${count} ${noun}${count === 1 ? "" : "s"}`;
 
 /** "#rrggbb" -> [r, g, b]. */

@@ -35,7 +35,9 @@ export const tokenStrip = view({
       if (!beyond.length) return;
       const line = beyond.at(lines > 0 ? 0 : -1).offsetTop;
       const beside = (chip) => Math.abs(chip.offsetLeft - here.offsetLeft);
-      const nearest = beyond.filter((chip) => chip.offsetTop === line).reduce((a, b) => (beside(b) < beside(a) ? b : a));
+      const nearest = beyond
+        .filter((chip) => chip.offsetTop === line)
+        .reduce((a, b) => (beside(b) < beside(a) ? b : a));
       move(chips.indexOf(nearest));
     });
     strip.addEventListener("click", (event) => {
@@ -49,7 +51,12 @@ export const tokenStrip = view({
         const top = largest(values.values) || 1;
         const none = missing(values.values);
         controls.replaceChildren(
-          choice("colour", metrics.map(({ name }) => name), name, (chosen) => v.keep({ metric: chosen })),
+          choice(
+            "colour",
+            metrics.map(({ name }) => name),
+            name,
+            (chosen) => v.keep({ metric: chosen }),
+          ),
           scale("surprise", name, { 0: "0", 1: `${number(top, 2)} ${unit}` }),
           none ? h("span", {}, h("i", { className: "missing" }), ` ${plural(none, "token")} without a number`) : "",
         );
@@ -73,7 +80,12 @@ export const tokenStrip = view({
       python: () => `tokens = model.to_tokens(prompt)\ntokens[0, ${at()}], model.to_str_tokens(tokens[0])[${at()}]`,
       table: () => ({
         columns: ["pos", "token", "id", ...metrics.map(({ name }) => name)],
-        rows: tokens.map((text, pos) => [pos, shown(text), ids[pos], ...metrics.map(({ values }) => values.values[pos])]),
+        rows: tokens.map((text, pos) => [
+          pos,
+          shown(text),
+          ids[pos],
+          ...metrics.map(({ values }) => values.values[pos]),
+        ]),
       }),
     };
   },

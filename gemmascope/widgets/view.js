@@ -31,7 +31,12 @@ export function view({ name: named, note: noted, keys = "", build }) {
     const tools = h("div", { className: "tools", role: "toolbar", ariaLabel: `${name}: take along` });
     const title = h("h3", { id: `${uid}-title` }, name);
     const head = h("div", { className: "heading" }, title, tools);
-    const root = h("section", { className: "gsc", "aria-labelledby": title.id }, head, h("p", { className: "note" }, note));
+    const root = h(
+      "section",
+      { className: "gsc", "aria-labelledby": title.id },
+      head,
+      h("p", { className: "note" }, note),
+    );
     root.append(notice, body, readout, aside);
     el.append(root);
 
@@ -143,7 +148,10 @@ export function view({ name: named, note: noted, keys = "", build }) {
     async function copyPython() {
       const text = [v.data.setup, parts.python()].filter(Boolean).join("\n");
       open("Python", h("pre", { tabIndex: 0, ariaLabel: "Python for what is selected" }, text));
-      await navigator.clipboard?.writeText(text).then(() => v.say("Copied."), () => v.say("Select the text to copy it."));
+      await navigator.clipboard?.writeText(text).then(
+        () => v.say("Copied."),
+        () => v.say("Select the text to copy it."),
+      );
     }
     function showTable() {
       const { columns, rows } = parts.table();
@@ -151,25 +159,36 @@ export function view({ name: named, note: noted, keys = "", build }) {
       const lines = rows.slice(0, TABLE_ROWS).map((row) => h("tr", {}, ...cells("td", row)));
       const table = h("table", {}, h("thead", {}, h("tr", {}, ...cells("th", columns))), h("tbody", {}, ...lines));
       const more = rows.length > TABLE_ROWS ? `The first ${TABLE_ROWS} of ${rows.length} rows; CSV has all.` : "";
-      open("Table", h("div", { className: "rows", tabIndex: 0, role: "region", ariaLabel: `${name} as a table` }, table), more);
+      open(
+        "Table",
+        h("div", { className: "rows", tabIndex: 0, role: "region", ariaLabel: `${name} as a table` }, table),
+        more,
+      );
     }
     const saveCsv = () => {
       const { columns, rows } = parts.table();
       save(new Blob([csv(columns, rows)], { type: "text/csv" }), "csv");
     };
     const help = () =>
-      open("Keys", h("p", { className: "note" }, `Tab moves between parts, arrows inside one (Shift: ten at a time). ${keys}`));
+      open(
+        "Keys",
+        h("p", { className: "note" }, `Tab moves between parts, arrows inside one (Shift: ten at a time). ${keys}`),
+      );
     function offer() {
       const offers = [
         parts.python && button("Python", copyPython, { title: "Copy the Python for what is selected" }),
         parts.table && button("Table", showTable, { title: "The numbers behind the picture" }),
         parts.table && button("CSV", saveCsv, { title: "Save the numbers behind the picture" }),
-        parts.picture && button("PNG", () => parts.picture().toBlob((blob) => save(blob, "png")), { title: "Save the picture" }),
+        parts.picture &&
+          button("PNG", () => parts.picture().toBlob((blob) => save(blob, "png")), { title: "Save the picture" }),
         button("?", help, { ariaLabel: "Keys" }),
       ];
       tools.replaceChildren(...offers.filter(Boolean));
     }
-    root.addEventListener("keydown", (event) => event.key === "?" && !/INPUT|TEXTAREA|SELECT/.test(event.target.tagName) && help());
+    root.addEventListener(
+      "keydown",
+      (event) => event.key === "?" && !/INPUT|TEXTAREA|SELECT/.test(event.target.tagName) && help(),
+    );
 
     // The selection that is followed.
     let shared = new LocalModel({});
@@ -242,7 +261,10 @@ export function followTheme(root, signal, changed = () => {}) {
     changed();
   };
   const observer = new MutationObserver(look);
-  const watched = { attributes: true, attributeFilter: ["data-jp-theme-light", "data-vscode-theme-kind", "theme", "class"] };
+  const watched = {
+    attributes: true,
+    attributeFilter: ["data-jp-theme-light", "data-vscode-theme-kind", "theme", "class"],
+  };
   for (const one of [document.documentElement, document.body]) observer.observe(one, watched);
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", look, { signal });
   signal.addEventListener("abort", () => observer.disconnect());

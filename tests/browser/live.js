@@ -32,14 +32,20 @@ function bytesIn(value, buffers) {
 
 async function showLive(views, { models, shown }) {
   const live = {};
-  for (const [ref, { traits, buffers }] of Object.entries(models)) live[ref] = new LiveModel(ref, bytesIn(traits, buffers));
+  for (const [ref, { traits, buffers }] of Object.entries(models))
+    live[ref] = new LiveModel(ref, bytesIn(traits, buffers));
   window.models = live;
   const signal = new AbortController().signal;
-  const host = { getModel: async (ref) => live[ref], getWidget: async (ref) => ({ render: ({ el }) => mount(ref, el) }) };
+  const host = {
+    getModel: async (ref) => live[ref],
+    getWidget: async (ref) => ({ render: ({ el }) => mount(ref, el) }),
+  };
   async function mount(ref, el) {
     const invoke = async (name, message, { signal }) => {
       const answer = window.toPython({ ref, question: message });
-      const stopped = new Promise((_, fail) => signal.addEventListener("abort", () => fail(new DOMException("", "AbortError"))));
+      const stopped = new Promise((_, fail) =>
+        signal.addEventListener("abort", () => fail(new DOMException("", "AbortError"))),
+      );
       const { response, buffers, gone } = await Promise.race([answer, stopped]);
       if (gone) throw new Error("Cannot send");
       return [bytesIn(response, buffers), []];
