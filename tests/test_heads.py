@@ -87,7 +87,9 @@ def test_repeated_tokens():
     assert torch.equal(tokens[:, 1:21], tokens[:, 21:])
     assert all(len(set(row.tolist())) == 20 for row in tokens[:, 1:21])
     assert torch.equal(tokens, gs.repeated_tokens(model, length=20, n=3))
-    assert gs.repeated_tokens(model, length=1000).shape[1] <= model.cfg.n_ctx
+    assert gs.repeated_tokens(model).shape[1] <= model.cfg.n_ctx
+    with pytest.raises(ValueError, match="length is 1000: .* so give 1 to"):
+        gs.repeated_tokens(model, length=1000)
     nano = gs.load("nano-moe")
     special = set(nano.tokenizer.backend.get_added_tokens_decoder())
     assert not special & set(gs.repeated_tokens(nano, n=30)[:, 1:].flatten().tolist())

@@ -56,14 +56,23 @@ PATTERNS: dict[str, Callable[[Tokens], Marked]] = {
 }
 
 
-def repeated_tokens(model, length: int = 50, n: int = 8, seed: int = 0) -> Tokens:
-    """`n` sequences <bos> S S, S being `length` different random tokens, special ones left out."""
+def repeated_tokens(model, length: int | None = None, n: int = 8, seed: int = 0) -> Tokens:
+    """`n` sequences <bos> S S, S being `length` different random tokens, special ones left out; 50 by default, or as
+    many as the context holds twice.
+
+    Raises:
+        ValueError: for a length that the context does not hold twice, or for which there are not enough tokens.
+    """
     cfg = model.cfg
-    length = min(length, (cfg.n_ctx - 1) // 2)
     special = {cfg.bos_token_id, cfg.pad_token_id, 0, 1}
     if model.tokenizer is not None:
         special |= set(model.tokenizer.backend.get_added_tokens_decoder())
     ids = torch.tensor([token for token in range(cfg.d_vocab) if token not in special])
+    most = min((cfg.n_ctx - 1) // 2, len(ids))
+    length = min(50, most) if length is None else length
+    if not 1 <= length <= most:
+        drawn = f"{cfg.model_name} reads {cfg.n_ctx} tokens and has {len(ids)} to draw from"
+        raise ValueError(f"length is {length}: {drawn}, so give 1 to {most}.")
     generator = torch.Generator().manual_seed(seed)
     spans = torch.stack([ids[torch.randperm(len(ids), generator=generator)[:length]] for _ in range(n)])
     return torch.cat((torch.full((n, 1), cfg.bos_token_id), spans, spans), dim=1).to(cfg.device)
@@ -126,7 +135,7 @@ def head_table(model, tokens: Tokens | None = None, *, n_tokens: int = 64, seed:
     table["kv_source"] = pandas.array([layer.kv_source for layer in geometry], dtype="Int64")
     for name, values in scores.items():
         table[name.replace(" ", "_")] = values.mean(-1).tolist()
-    sample = repeated_tokens(model, length=n_tokens, n=1, seed=seed)[0]
+    sample = repeated_tokens(model, min(n_tokens, (model.cfg.n_ctx - 1) // 2), n=1, seed=seed)[0]
     sample = sample[1 : (len(sample) + 1) // 2]  # the span, once
     table["copying"] = copying_score(model, sample).mean.tolist()
     return table

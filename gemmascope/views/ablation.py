@@ -54,7 +54,7 @@ def ablation_bench(
 
         bench = gs.ablation_bench(model, prompt, answers=(" Mary", " John"))
         bench.interventions     # what is switched off now, as model(prompt, interventions=...) takes it
-        bench.log               # a row for each commit
+        bench.commits           # a row for each commit
 
     Args:
         prompt: text, token ids, or a cache of one prompt.

@@ -124,7 +124,7 @@ class AblationBench(View, script="ablation_bench.js"):
         return self._edits(**{name: self.state[name] for name in ("on", "kind", "experts", "donor")})
 
     @property
-    def log(self) -> pandas.DataFrame:
+    def commits(self) -> pandas.DataFrame:
         """A row for each commit: what was off, and the figures at the position that was selected. KL and loss are in
         nats."""
         return pandas.DataFrame(
@@ -158,7 +158,7 @@ class AblationBench(View, script="ablation_bench.js"):
         committed = self._committed()
         off = ", ".join(map(_name, committed["on"])) or "nothing"
         sentence = f"Ablation bench of {len(self.data['tokens'])} tokens: {off} switched off ({committed['kind']})"
-        return sentence, self.log if self.state["log"] else None
+        return sentence, self.commits if self.state["log"] else None
 
 
 def _name(component: Sequence) -> str:

@@ -36,8 +36,13 @@ class Dashboard(View, script="dashboard.js"):
 
     @property
     def views(self) -> dict[str, View]:
-        """The views by the name of their kind: `dashboard.views["LensView"].state`."""
-        return {type(view).__name__: view for view in self.children}
+        """The views by the name of their kind, `dashboard.views["LensView"].state`; a second of one is "LensView 2"."""
+        named: dict[str, View] = {}
+        for view in self.children:
+            kind = type(view).__name__
+            count = sum(type(other) is type(view) for other in named.values())
+            named[f"{kind} {count + 1}" if count else kind] = view
+        return named
 
     def still(self):
         stills = "; ".join(view.still()[0] for view in self.children)

@@ -51,7 +51,7 @@ def test_a_head_switched_off_moves_the_bars_and_the_copied_python_says_the_same(
     commit(page, settled)
     assert page.locator(".pairs").inner_text() != before
     assert view.interventions == [gs.zero("blocks.4.attn.hook_z", heads=1)]
-    assert list(view.log["off"]) == ["layer 4 head 1"]
+    assert list(view.commits["off"]) == ["layer 4 head 1"]
 
     page.get_by_role("button", name="Python").click()
     text = page.locator(".aside pre").inner_text()
@@ -71,7 +71,7 @@ def test_undo_and_redo_walk_the_log(open_view, settled, model):
     for name in ("layer 2 head 2", "layer 3 attention"):
         switch(page, name).click()
         commit(page, settled)
-    assert list(view.log["off"]) == ["layer 2 head 2", "layer 2 head 2, layer 3 attention"]
+    assert list(view.commits["off"]) == ["layer 2 head 2", "layer 2 head 2, layer 3 attention"]
     last = page.locator(".facts").inner_text()
     page.keyboard.press("Control+z")
     settled(page)
@@ -98,7 +98,7 @@ def test_keys_move_and_switch_and_every_switch_may_commit(open_view, settled, mo
     page.keyboard.press("Space")
     page.wait_for_selector(".log [role=option]:nth-child(2)[aria-selected=true]")
     settled(page)
-    assert view.state["on"] == [["head", 3, 2]] and len(view.log) == 1
+    assert view.state["on"] == [["head", 3, 2]] and len(view.commits) == 1
 
 
 def test_a_second_commit_waits_for_the_first(open_view, model):

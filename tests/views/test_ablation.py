@@ -124,9 +124,9 @@ def test_the_log_is_a_table_and_a_dashboard_page_stays_small(model):
     entry |= {"loss": [1.0, 2.0], "difference": None, "first": [{"text": "a", "p": 0.9}, {"text": "b", "p": 0.2}]}
     bench = gs.ablation_bench(model, torch.randint(4, 1300, (256,)), state={"log": [entry], "at": 0, "on": entry["on"]})
     assert (
-        bench.log.to_dict("records")[0] | {"off": "layer 2 head 2", "token_after": "b"}
-        == bench.log.to_dict("records")[0]
+        bench.commits.to_dict("records")[0] | {"off": "layer 2 head 2", "token_after": "b"}
+        == bench.commits.to_dict("records")[0]
     )
     assert "layer 2 head 2" in bench.still()[0]
-    assert list(gs.ablation_bench(model, TEXT).log.columns)
+    assert list(gs.ablation_bench(model, TEXT).commits.columns)
     assert len(page(bench)) < 300_000
