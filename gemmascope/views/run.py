@@ -28,7 +28,8 @@ class Run:
     def __init__(self, model, prompt):
         """
         Args:
-            prompt: text, token ids of one prompt, or the cache of a run of one prompt by this model.
+            prompt: text, token ids of one prompt (a tensor, an array or a list), or the cache of a run of one prompt
+                by this model.
 
         Raises:
             ValueError: for no tokens, several prompts, or a cache of another model.
@@ -136,6 +137,8 @@ def array(tensor: Tensor) -> np.ndarray:
 
 def _one(model, prompt) -> Int[Tensor, " pos"]:
     """The ids of one prompt."""
+    if isinstance(prompt, list | tuple | np.ndarray) and len(prompt) and not isinstance(prompt[0], str):
+        prompt = torch.as_tensor(prompt)
     tokens = model._begin(prompt).tokens
     if len(tokens) != 1:
         raise ValueError(f"There are {len(tokens)} prompts: a view shows one, so give one.")
@@ -147,6 +150,10 @@ def _tokens_of(model, cache: ActivationCache) -> Int[Tensor, " pos"]:
         raise ValueError(f"This cache is of another model, {cache.model.cfg.model_name}: give the one that ran.")
     if cache.tokens is None or len(cache.tokens) != 1 or cache.tokens.ndim != 2:
         raise ValueError("A view shows one prompt, whole: give the cache of one, as cache.apply_slice_to_batch_dim(0).")
+    if cache._padding is not None and not cache._padding.all():
+        raise ValueError("This prompt is padded, and a view shows one as it is: give the cache of its own run.")
+    if cache._positions.mode != "identity":
+        raise ValueError("This cache holds some positions, and a view shows all: leave pos_slice out of its run.")
     return cache.tokens[0]
 
 

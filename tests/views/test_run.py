@@ -2,6 +2,7 @@
 
 import threading
 
+import numpy as np
 import pytest
 import torch
 
@@ -89,13 +90,29 @@ def test_what_is_copied_makes_the_run_again(model):
         torch.testing.assert_close(names["model"](names["prompt"])[0], run.logits, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("ids", [[2, 514, 1140], (2, 514, 1140), [[2, 514, 1140]], np.array([2, 514, 1140])])
+def test_ids_come_as_any_list(model, ids):
+    assert Run(model, ids).tokens.tolist() == [2, 514, 1140]
+
+
 def test_bad_prompts_are_refused(model):
+    with pytest.raises(ValueError, match="There are 2 prompts: a view shows one"):
+        Run(model, [[2, 5], [2, 6]])
+    with pytest.raises(ValueError, match="Token id 99999 is out of range"):
+        Run(model, [2, 99999])
     with pytest.raises(ValueError, match="There are 2 prompts: a view shows one"):
         Run(model, ["one", "two"])
     with pytest.raises(ValueError, match="empty"):
         Run(model, "")
     _, cache = model.run_with_cache(["one", "two"])
     with pytest.raises(ValueError, match=r"give the cache of one, as cache.apply_slice_to_batch_dim\(0\)"):
+        Run(model, cache)
+    _, cache = model.run_with_cache(["one", "one two three"])
+    with pytest.raises(ValueError, match="This prompt is padded"):
+        Run(model, cache.apply_slice_to_batch_dim(0))
+    assert Run(model, cache.apply_slice_to_batch_dim([1])).n == len(model.to_tokens("one two three")[0])
+    _, cache = model.run_with_cache("one two", pos_slice=slice(0, 2))
+    with pytest.raises(ValueError, match="leave pos_slice out"):
         Run(model, cache)
     _, cache = model.run_with_cache("one")
     with pytest.raises(ValueError, match="This cache is of another model"):
