@@ -34,10 +34,15 @@ def model_map(model, prompt=None, *, selection: Selection | None = None, state: 
 
     Raises:
         ValueError: for a prompt where the model has no weights to run.
+        KeyError: for a cache that lacks a hook point, with what to name in `names_filter`.
     """
     if prompt is not None and model.cfg.device.type == "meta":
         raise ValueError("This model is on the meta device, without weights: leave the prompt out, or load the model.")
     run = None if prompt is None else run_of(model, prompt)
+    if run is not None:
+        for name, site in run.model.sites.items():
+            if not site.expansion and name not in run.cache:
+                run.stored(name)  # raises here, and not in the page
     cfg, n_layers = model.cfg, model.cfg.n_layers
     rows = [site for site in SITES if _at(site, model)]
     stages = range(-1, n_layers + 1)

@@ -77,3 +77,10 @@ def test_a_prompt_needs_weights():
         gs.model_map(model, torch.arange(3, 6))
     with pytest.raises(ValueError, match="empty"):
         gs.model_map(tiny_model("E2B"), torch.tensor([], dtype=torch.long))
+
+
+def test_a_cache_without_what_is_shown_says_what_to_name():
+    model = tiny_model("E2B")
+    _, cache = model.run_with_cache(torch.arange(3, 6), names_filter="hook_logits")
+    with pytest.raises(KeyError, match="hook_embed was not cached.*names_filter"):
+        gs.model_map(model, cache)
