@@ -2,7 +2,6 @@
 
 import base64
 import math
-import struct
 import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -70,28 +69,3 @@ def deflated(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: deflated(one) for key, one in value.items()}
     return [deflated(one) for one in value] if isinstance(value, list) else value
-
-
-def png(codes: UInt8[np.ndarray, "row column"], stops: Sequence[str]) -> str:
-    """A picture of codes as a data: URL, one pixel a cell, for readers that run no script.
-
-    Args:
-        stops: colours "#rrggbb" from the lowest code to the highest; MISSING is left clear.
-    """
-    rgb = np.array([[int(stop[i : i + 2], 16) for i in (1, 3, 5)] for stop in stops], np.float64)
-    places = np.linspace(0, LEVELS, len(stops))
-    ramp = np.stack([np.interp(np.arange(256), places, channel) for channel in rgb.T], axis=-1).round()
-    palette = ramp.astype(np.uint8).tobytes()
-    rows = b"".join(b"\0" + row.tobytes() for row in np.ascontiguousarray(codes))
-    parts = {
-        b"IHDR": struct.pack(">IIBBBBB", codes.shape[1], codes.shape[0], 8, 3, 0, 0, 0),
-        b"PLTE": palette,
-        b"tRNS": b"\xff" * MISSING + b"\0",
-        b"IDAT": zlib.compress(rows, 9),
-        b"IEND": b"",
-    }
-    chunks = (
-        struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
-        for name, body in parts.items()
-    )
-    return "data:image/png;base64," + base64.b64encode(b"\x89PNG\r\n\x1a\n" + b"".join(chunks)).decode("ascii")

@@ -1,13 +1,12 @@
 """Arrays on their way to a page."""
 
 import base64
-import struct
 import zlib
 
 import numpy as np
 import pytest
 
-from gemmascope.widgets.arrays import LEVELS, MISSING, apart, deflated, packed, png, quantised
+from gemmascope.widgets.arrays import LEVELS, MISSING, apart, deflated, packed, quantised
 
 
 @pytest.mark.parametrize("low, high", [(0, 1), (-3, 5), (0, 1e-6)])
@@ -34,20 +33,3 @@ def test_packed_narrows_and_walks():
     assert np.frombuffer(buffers[0], "<i4").tolist() == [0, 1, 2]
     text = deflated(value)["x"][0]["data"]
     assert zlib.decompress(base64.b64decode(text)) == buffers[0]
-
-
-def test_png_is_the_picture():
-    codes = np.array([[0, 127, LEVELS], [MISSING, 0, 0]], np.uint8)
-    url = png(codes, ["#ffffff", "#000000"])
-    data = base64.b64decode(url.removeprefix("data:image/png;base64,"))
-    chunks, at = {}, 8
-    while at < len(data):
-        length, name = struct.unpack(">I4s", data[at : at + 8])
-        chunks[name] = data[at + 8 : at + 8 + length]
-        assert zlib.crc32(name + chunks[name]) == struct.unpack(">I", data[at + 8 + length : at + 12 + length])[0]
-        at += 12 + length
-    assert struct.unpack(">II", chunks[b"IHDR"][:8]) == (3, 2)
-    rows = np.frombuffer(zlib.decompress(chunks[b"IDAT"]), np.uint8).reshape(2, 4)
-    palette = np.frombuffer(chunks[b"PLTE"], np.uint8).reshape(256, 3)
-    assert (rows[:, 0] == 0).all() and palette[rows[0, 1:], 0].tolist() == [255, 128, 0]
-    assert chunks[b"tRNS"][rows[1, 1]] == 0 and set(chunks[b"tRNS"][:MISSING]) == {255}
