@@ -94,7 +94,8 @@ def lens_view(
         log_probs = ops.wide(unembedded(run.model, stream)).log_softmax(-1)[:, 0]  # [row d_vocab]
         wanted = torch.tensor([*listed(lens, site, pos), *ids], device=log_probs.device)
         own = log_probs[:, wanted].T  # [token row]
-        ranks = torch.stack([(log_probs > one[:, None]).sum(-1) for one in own])
+        ranks = torch.stack([(log_probs > one[:, None]).sum(-1) for one in own]).float()
+        ranks[own.isnan()] = torch.nan
         return {"ids": array(wanted), "probs": array(own.exp()), "ranks": array(ranks), "texts": texts(wanted)}
 
     def exported() -> Iterator[Question]:

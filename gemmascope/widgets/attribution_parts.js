@@ -16,7 +16,7 @@ export function addsUp(values, whole, names, wholeName) {
   const gap = whole - values.reduce((sum, x) => sum + (x || 0), 0);
   const most = largest([1, Math.abs(whole), ...values.map((x) => Math.abs(x) || 0)]);
   const none = missing(values);
-  if (none || !Number.isFinite(gap)) return `${plural(none, "number")} of ${names} missing: NaN or infinite.`;
+  if (none || !Number.isFinite(gap)) return `${names} do not add up: ${plural(none, "number")} missing, NaN or infinite.`;
   const [together, left] = [signedNumber(whole - gap, 6), number(Math.abs(gap), 6)];
   if (Math.abs(gap) <= ROUNDING * most)
     return `${names} add up to ${together}; ${wholeName}: ${signedNumber(whole, 6)}, off by ${left}.`;

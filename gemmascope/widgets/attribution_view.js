@@ -389,7 +389,7 @@ export const attributionView = view({
           heads,
           experts,
           head: place(v.now.head, nHeads, strongestHead),
-          expert: v.now.expert,
+          expert: place(v.now.expert, nExperts, null),
           sources: null,
         };
         drawPicture();

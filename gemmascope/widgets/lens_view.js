@@ -92,7 +92,9 @@ export const lensView = view({
       if (!answer || !inPage("course", pos)) return;
       const stride = rows * answer.ids.shape[2];
       const listed = new Set(answer.ids.values.subarray((pos % size) * stride, ((pos % size) + 1) * stride));
-      const further = v.page ? pinsAtFirst : [...v.state.pins, ...(v.now.token === null ? [] : [v.now.token])];
+      const { token } = v.now;
+      const wanted = token !== null && token === clamp(token, 0, v.data.vocabulary - 1) ? [token] : [];
+      const further = v.page ? pinsAtFirst : [...v.state.pins, ...wanted];
       const asked = [...new Set(further)].filter((id) => !listed.has(id)).sort((a, b) => a - b);
       let late = false;
       v.show("course", { ...reading(), pos, ids: asked }, (answer) => {
@@ -225,7 +227,7 @@ export const lensView = view({
         const swatch = h("i", { className: "swatch" });
         swatch.style.backgroundColor = ink(id);
         const told = course
-          ? `${number(course.probs[row])}, rank ${course.ranks[row]}`
+          ? `${number(course.probs[row])}, rank ${number(course.ranks[row], 0)}`
           : v.page
             ? "not in this page"
             : "…";
@@ -261,7 +263,7 @@ export const lensView = view({
         })),
       ];
       const course = courses.get(picked);
-      const told = course ? `${token(picked)} ${number(course.probs[there.row])}, rank ${course.ranks[there.row]}` : "";
+      const told = course ? `${token(picked)} ${number(course.probs[there.row])}, rank ${number(course.ranks[there.row], 0)}` : "";
       chart.show({
         ...axis,
         names: range(rows).map((row) => (row ? String(row - 1) : "emb")),
@@ -317,7 +319,7 @@ export const lensView = view({
         const course = courses.get(v.now.token);
         return (
           sentence(there) +
-          (course ? `; ${token(v.now.token)} ${number(course.probs[there.row])}, rank ${course.ranks[there.row]}` : "")
+          (course ? `; ${token(v.now.token)} ${number(course.probs[there.row])}, rank ${number(course.ranks[there.row], 0)}` : "")
         );
       },
       python() {

@@ -26,9 +26,11 @@ export function matrix(v, { name, pick, peek = () => {}, others = {} }) {
   let hover = null;
   let geometry = null;
 
-  const move = (row, column) => pick(clamp(row, 0, shown.rows.length - 1), clamp(column, 0, shown.columns.length - 1));
-  onKeys(el, (columns, rows) => move(shown.at.row + rows, shown.at.column + columns), others);
+  const move = (row, column) =>
+    shown && pick(clamp(row, 0, shown.rows.length - 1), clamp(column, 0, shown.columns.length - 1));
+  onKeys(el, (columns, rows) => move(shown?.at.row + rows, shown?.at.column + columns), others);
   function under(event) {
+    if (!shown) return null; // what it shows has not come, and may never
     const box = canvas.getBoundingClientRect();
     const column = Math.floor((event.clientX - box.left - geometry.gutter) / geometry.width);
     const row = Math.floor((event.clientY - box.top - geometry.head) / geometry.height);
@@ -44,6 +46,7 @@ export function matrix(v, { name, pick, peek = () => {}, others = {} }) {
     });
 
   function draw() {
+    if (!shown) return;
     const { image, rows, columns, gutter = 92, head = 92, square = false, most = 32 } = shown;
     const room = Math.max(1, el.clientWidth - gutter - 4);
     const width = clamp(room / columns.length, 0.25, most);

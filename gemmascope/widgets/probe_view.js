@@ -450,9 +450,10 @@ function probeScatter({ labels, said }, [from, to]) {
   );
 }
 
-/** Python for the scores of the text that was read. */
+/** Python for the scores of the text that was read, or for the score of the place while none was. */
 function probePython(axis, layer, site, text) {
   const probe = axis === "layer" ? `probes.probes[${layer}]` : "probe";
+  if (!text.trim()) return `${probe}.scores.mean()`;
   return [
     `text = ${JSON.stringify(text)}`,
     `found = gs.collect(model, text, "${site}", positions=None)["${site}"]`,

@@ -155,7 +155,7 @@ export function view({ name: named, note: noted, keys = "", build }) {
     }
     function showTable() {
       const { columns, rows } = parts.table();
-      const cells = (tag, row) => row.map((value) => h(tag, { dir: "auto" }, String(value ?? "–")));
+      const cells = (tag, row) => row.map((value) => h(tag, { dir: "auto" }, String(Number.isNaN(value ?? NaN) ? "–" : value)));
       const lines = rows.slice(0, TABLE_ROWS).map((row) => h("tr", {}, ...cells("td", row)));
       const table = h("table", {}, h("thead", {}, h("tr", {}, ...cells("th", columns))), h("tbody", {}, ...lines));
       const more = rows.length > TABLE_ROWS ? `The first ${TABLE_ROWS} of ${rows.length} rows; CSV has all.` : "";

@@ -190,7 +190,7 @@ def made_up(values, **more) -> AttributionView:
 def test_what_is_no_number_is_counted_and_hostile_text_stays_text(open_view):
     page = open_view(made_up(np.array([1, 2, np.nan, np.inf, 0], np.float32), selection=gs.Selection(layer=0)))
     shown(page, "2 components without a number")
-    shown(page, "2 numbers of The 5 components missing")
+    shown(page, "The 5 components do not add up: 2 numbers missing")
     assert "<script>alert(1)</script>\\u{202e}" in page.locator("h4").first.inner_text()
 
 

@@ -1,5 +1,6 @@
 """The lens as a view: its answers are the lens's figures, at every site, and bad input says what is wrong."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -137,3 +138,12 @@ def test_one_token_and_what_is_no_number():
     table = view.answers["table"](**asked(view, block=0))
     assert table["ids"].shape[:2] == (1, model.cfg.n_layers + 1)
     assert torch.from_numpy(table["probs"])[0, 1:].isnan().all()
+
+
+def test_what_is_no_number_has_no_rank():
+    model = tiny_model("26B-A4B")
+    with torch.no_grad():
+        model.blocks[0].mlp.W_out[0, 0] = torch.nan
+    view = gs.lens_view(model, torch.arange(3, 8))
+    course = view.answers["course"](**asked(view, pos=4, ids=[7]))
+    assert np.isnan(course["ranks"][:, 1:]).all() and np.isfinite(course["ranks"][:, 0]).all()
