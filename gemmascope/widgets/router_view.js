@@ -296,7 +296,7 @@ export const routerView = view({
           (chosen) => v.keep({ only: chosen === "all" ? null : Number(chosen) }),
         ),
         sides,
-        none ? h("span", {}, h("i", { className: "missing" }), ` ${plural(none, "weight")} that is no number`) : "",
+        none ? h("span", {}, h("i", { className: "missing" }), ` ${plural(none, "weight")} without a number`) : "",
       );
       const corner = (className, text) => h("span", {}, h("i", { className: `corner ${className}` }), ` ${text}`);
       const entries = {

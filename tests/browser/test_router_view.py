@@ -237,5 +237,5 @@ def test_what_is_no_number_is_counted_and_strings_stay_text(open_view):
     routing = Routing(np.zeros((1, 2, 1), np.int32), floats[..., None], floats, floats, 2)
     page = open_view(RouterView(["<script>alert(1)</script>", "b"], routing, state={"show": "margin"}))
     page.wait_for_selector(".cell.missing")
-    assert "1 weight that is no number" in page.locator(".controls").inner_text()
+    assert "1 weight without a number" in page.locator(".controls").inner_text()
     assert page.locator(".head .cell").first.inner_text().endswith("<script>alert(1)</script>")
