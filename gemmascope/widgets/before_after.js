@@ -54,12 +54,19 @@ export function beforeAfter(v, label, pick) {
     "div",
     { className: "pairs-head" },
     h("span", {}, "next token"),
-    h("span", {}, h("i", { className: "key before" }), " before ", h("i", { className: "key after" }), " after"),
+    h(
+      "span",
+      { className: "keys" },
+      h("i", { className: "key before" }),
+      " before ",
+      h("i", { className: "key after" }),
+      " after",
+    ),
     h("span", { className: "value" }, "probability"),
     h("span", { className: "value logit" }, "logit"),
   );
   return {
-    el: h("div", {}, head, list),
+    el: h("div", { className: "before-after" }, head, list),
     show(newTokens, picked) {
       [tokens, at] = [newTokens, newTokens.findIndex(({ id }) => id === picked)];
       list.replaceChildren(...tokens.map(option));

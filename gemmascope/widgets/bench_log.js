@@ -40,9 +40,7 @@ export function benchLog(v, namesOf, goTo) {
       el.replaceChildren(option(["as it is"], -1), ...log.map((entry, i) => option(told(entry), i)));
       const here = el.children[at + 1] ?? el.firstChild;
       el.setAttribute("aria-activedescendant", here.id);
-      const { scrollLeft } = el;
       reveal(el, here);
-      el.scrollLeft = scrollLeft; // a line may be wider than its box
     },
     table: () => ({
       columns: ["off", "kind", "pos", "KL (nats)"].concat(
