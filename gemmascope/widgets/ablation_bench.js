@@ -3,6 +3,7 @@
 import { beforeAfter, changed, fixed, likeliestTokens } from "./before_after.js";
 import { benchLog, benchPython } from "./bench_log.js";
 import { benchKey, benchMark, benchName, benchSwitch, benchSwitches } from "./bench_switches.js";
+import { EXPERT_HOWS } from "./expert_hows.js";
 import { canonical, clamp, largest, missing, number, place, plural, shown } from "./numbers.js";
 import { button, choice, h, onKeys, paintOn, reveal, scale } from "./parts.js";
 import { view } from "./view.js";
@@ -249,11 +250,8 @@ export const ablationBench = view({
       (i) => stage({ donor: Number(i) }),
     );
     const expertChoice = choice(
-      "in an expert's place",
-      [
-        ["reroute", "the next best steps in"],
-        ["silence", "nothing: its slot is silent"],
-      ],
+      "experts",
+      ["reroute", "silence"].map((how) => [how, EXPERT_HOWS[how].slice(0, 2).join(": ")]),
       "reroute",
       (experts) => stage({ experts }),
     );

@@ -29,7 +29,7 @@ class AblationBench(View, script="ablation_bench.js"):
     Switches are staged until a commit runs the model. State:
         on          the ablations that are staged: [component, layer, index or None], the component one of NAMES
         kind        "zero", "mean" or "resample"
-        experts     what takes the place of an expert: "reroute", the next best steps in, or "silence"
+        experts     what is done to an expert: "reroute", the next best steps in, or "silence", its slot says nothing
         donor       which reference prompt is resampled from
         live        whether each switch commits
         sets        name -> components, as `on` has them

@@ -1,14 +1,10 @@
 // Changes of the routing: what to do to the selected expert, the changes that are on, and what they did.
 
 import { beforeAfter, changed, likeliestTokens } from "./before_after.js";
+import { EXPERT_HOWS } from "./expert_hows.js";
 import { canonical, largest, number, range, shown } from "./numbers.js";
 import { barList, button, choice, h } from "./parts.js";
 
-const ROUTER_HOWS = {
-  reroute: ["Switch off", "the next best steps in", "switched off"],
-  silence: ["Silence", "its slot says nothing", "silenced"],
-  force: ["Force", "it takes the slot of the least likely", "forced"],
-};
 const ROUTER_MOST = 8; // positions listed by how much their prediction changed
 
 /** `at()` is the selected { pos, layer, expert }. */
@@ -46,7 +42,7 @@ export function routerBench(v, { label, layers, at }) {
   }
 
   const target = h("h4");
-  const makers = Object.entries(ROUTER_HOWS).map(([how, [verb, what]]) =>
+  const makers = Object.entries(EXPERT_HOWS).map(([how, [verb, what]]) =>
     h(
       "div",
       { className: "maker" },
@@ -93,7 +89,7 @@ export function routerBench(v, { label, layers, at }) {
   const el = h(
     "section",
     { className: "router-bench", ariaLabel: "Change the routing" },
-    h("h4", { className: "top" }, "Switch an expert off, or force one"),
+    h("h4", { className: "top" }, "Switch an expert off, silence it, or force it"),
     h(
       "p",
       { className: "note" },
@@ -119,7 +115,7 @@ export function routerBench(v, { label, layers, at }) {
   );
 
   const told = ({ layer, expert, how, pos }) =>
-    `expert ${expert} of layer ${layer} ${ROUTER_HOWS[how]?.[2] ?? how} ${pos === null || pos === undefined ? "at every token" : `at ${label(pos)}`}`;
+    `expert ${expert} of layer ${layer} ${EXPERT_HOWS[how]?.[2] ?? how} ${pos === null || pos === undefined ? "at every token" : `at ${label(pos)}`}`;
   function paint() {
     const { changes, committed } = v.state;
     const fixed = running || v.page;

@@ -161,6 +161,12 @@ def test_an_exported_page_shows_what_was_committed(open_view, open_file, settled
     assert "no model to run" in head.get_attribute("title")
 
 
+def test_experts_have_the_words_of_the_router_view(open_view, model):
+    bench_page, router = open_view(bench(model)), open_view(gs.router_view(model, TEXT))
+    words = bench_page.get_by_label("experts").locator("option").all_inner_texts()
+    assert [": ".join(text.split("\n")) for text in router.locator(".maker").all_inner_texts()][:2] == words
+
+
 def test_a_large_model_unfolds_the_layer_that_is_selected(open_view):
     kinds = tuple("global" if layer % 6 == 5 else "sliding" for layer in range(30))
     view = gs.ablation_bench(tiny_model("26B-A4B", n_layers=30, layer_kinds=kinds, n_experts=64), torch.arange(5, 9))
