@@ -30,14 +30,28 @@ export const routerView = view({
     const committed = () => (live ? v.state.committed : []);
     const side = () => (committed().length && v.state.side === "after" ? "after" : "before");
     const holds = (w, pos) => w !== null && pos >= w.first && pos < w.first + w.experts.shape[1];
+    /** Where an expert is silenced by what was committed: "all" tokens, or these positions. */
+    function silencedAt(layer, expert) {
+      const those = committed().filter((one) => one.how === "silence" && one.layer === layer && one.expert === expert);
+      const places = those.map(({ pos }) => pos ?? null);
+      return places.includes(null) ? "all" : places;
+    }
+    /** One choice. A silenced expert keeps its slot, with a weight of 0 that nobody should read as a small one. */
+    function slotOf(layer, pos, expert, weight, after) {
+      const where = after && weight === 0 ? silencedAt(layer, expert) : [];
+      return { expert, weight, silent: where === "all" || where.includes(pos) };
+    }
     /** What is shown: the side that was chosen, where it has arrived. */
     const seen = (pos) => [windows[side()], windows.before].find((w) => holds(w, pos)) ?? null;
     const cellOf = (w, layer, pos) => layer * w.experts.shape[1] + pos - w.first;
     function slots(w, layer, pos) {
       if (!holds(w, pos)) return [];
       const at = cellOf(w, layer, pos) * k;
-      return range(k).map((i) => ({ expert: w.experts.values[at + i], weight: w.weights.values[at + i] }));
+      return range(k).map((i) =>
+        slotOf(layer, pos, w.experts.values[at + i], w.weights.values[at + i], w === windows.after),
+      );
     }
+    const weightOf = ({ weight, silent }) => (silent ? "silent" : number(weight));
     const differs = (which, layer, pos) =>
       holds(windows[which], pos) && windows[which].differs.values[cellOf(windows[which], layer, pos)] === 1;
     let [asked, changesAsked] = [null, "[]"];
@@ -88,7 +102,7 @@ export const routerView = view({
       const [w, layer] = [seen(pos), rows[row]];
       if (!w) return cell.classList.add("waiting");
       const chosen = slots(w, layer, pos);
-      cell.title = chosen.map(({ expert, weight }) => `expert ${expert}: ${number(weight)}`).join(", ");
+      cell.title = chosen.map((slot) => `expert ${slot.expert}: ${weightOf(slot)}`).join(", ");
       cell.classList.toggle("flip", differs("after", layer, pos));
       cell.classList.toggle("differs", differs("other", layer, pos));
       const { show } = v.state;
@@ -99,10 +113,11 @@ export const routerView = view({
       cell.textContent = number(x);
       if (Number.isFinite(x)) paintOn(cell, colour[show](x));
     }
-    function chipOf({ expert, weight }) {
+    function chipOf({ expert, weight, silent }) {
       const chip = h("span", { className: "chip" }, String(expert));
       chip.dataset.expert = expert;
       chip.classList.toggle("missing", !Number.isFinite(weight));
+      chip.classList.toggle("silent", silent);
       chip.style.setProperty("--share", `${clamp(weight / (v.data.weight || 1), 0, 1) * 100 || 0}%`);
       if (E <= v.theme.expert.length) chip.style.setProperty("--colour", v.theme.expert[expert]);
       return chip;
@@ -179,11 +194,16 @@ export const routerView = view({
     const load = loadOf("Load of each expert", () => (side() === "after" && bench.effect()?.counts) || counts, n);
     const beside = other && loadOf("Load of each expert, other prompt", () => other.counts, other.tokens.length);
     const loads = beside ? [load, beside] : [load];
-    const served = ({ counts: its }, layer, expert) => its().values[layer * E + expert];
+    const served = ({ counts: its }, layer, expert) => (expert === null ? 0 : its().values[layer * E + expert]);
     function loadSentence(one, layer, expert) {
       const count = served(one, layer, expert);
-      const said = `expert ${expert} of layer ${layer} serves ${count} of ${plural(one.of, "token")}`;
-      return `${said}, ${number(share(count, one.of), 2)} times the uniform share`;
+      return `${servesSentence(one, layer, expert)}, ${number(share(count, one.of), 2)} times the uniform share`;
+    }
+    function servesSentence(one, layer, expert) {
+      const tokens = `${served(one, layer, expert)} of ${plural(one.of, "token")}`;
+      const silent = one === load && side() === "after" && silencedAt(layer, expert) === "all";
+      const named = `expert ${expert ?? "–"} of layer ${layer}`;
+      return silent ? `${named} is silenced: its slot says nothing at ${tokens}` : `${named} serves ${tokens}`;
     }
     function showLoads() {
       const top = Math.max(2, ...loads.flatMap((one) => [...one.counts().values].map((count) => share(count, one.of))));
@@ -216,7 +236,7 @@ export const routerView = view({
     }
 
     // Words, lists and controls.
-    const weighed = (chosen) => chosen.map(({ expert, weight }) => `expert ${expert} ${number(weight)}`).join(", ");
+    const weighed = (chosen) => chosen.map((slot) => `expert ${slot.expert} ${weightOf(slot)}`).join(", ");
     const named = (chosen) => chosen.map(({ expert }) => `expert ${expert}`).join(", ");
     function sentence({ pos, layer }) {
       const w = seen(pos);
@@ -245,13 +265,13 @@ export const routerView = view({
     const usersList = barList(v, "Tokens of this expert", ({ pos }) =>
       v.select({ pos, layer: at.layer, expert: at.expert }),
     );
-    const bar = (weight) => ({ value: number(weight), share: weight / (v.data.weight || 1) });
+    const bar = (slot) => ({ value: weightOf(slot), share: slot.weight / (v.data.weight || 1) });
     const barsOf = (chosen) =>
-      chosen.map(({ expert, weight }) => ({ expert, name: `expert ${expert}`, ...bar(weight) }));
+      chosen.map((slot) => ({ expert: slot.expert, name: `expert ${slot.expert}`, ...bar(slot) }));
     function showUsers() {
       const { layer, expert } = at;
-      const count = expert === null ? 0 : served(load, layer, expert);
-      usersTitle.textContent = `expert ${expert ?? "–"} of layer ${layer} serves ${count} of ${plural(n, "token")}`;
+      const count = served(load, layer, expert);
+      usersTitle.textContent = servesSentence(load, layer, expert);
       const idle = range(E).filter((i) => served(load, layer, i) === 0).length;
       const unused = idle
         ? `${plural(idle, "expert")} of this layer unused by this prompt`
@@ -263,13 +283,14 @@ export const routerView = view({
       v.show(question, shownSide === "after" ? { changes, layer } : { layer }, ({ experts, weights }) => {
         if (at.layer !== layer || at.expert !== expert || side() !== shownSide) return; // asked about another
         const users = [];
-        experts.values.forEach(
-          (one, i) => one === expert && users.push({ pos: Math.floor(i / k), weight: weights.values[i] }),
-        );
+        experts.values.forEach((one, i) => {
+          const pos = Math.floor(i / k);
+          if (one === expert) users.push({ pos, ...slotOf(layer, pos, one, weights.values[i], shownSide === "after") });
+        });
         users.sort((a, b) => b.weight - a.weight || a.pos - b.pos);
         const items = users
           .slice(0, ROUTER_USERS)
-          .map(({ pos, weight }) => ({ pos, name: label(pos), ...bar(weight) }));
+          .map((user) => ({ pos: user.pos, name: label(user.pos), ...bar(user) }));
         usersList.show(items, ({ pos }) => pos === at.pos);
       });
     }
@@ -317,6 +338,9 @@ export const routerView = view({
       legend.replaceChildren(
         ...entries.map((entry) => (typeof entry === "string" ? h("span", {}, entry) : entry)),
         committed().length ? corner("flip", "flipped by the changes") : "",
+        show === "experts" && committed().some(({ how }) => how === "silence")
+          ? h("span", {}, "struck out: silenced")
+          : "",
         other?.differs ? corner("differs", `differs from the other prompt: ${otherSaid(other.differs)}`) : "",
       );
     }

@@ -163,6 +163,36 @@ def test_one_token_and_one_removed(open_view, settled, model):
     assert view.state["committed"] == [{"layer": 4, "expert": 3, "how": "silence", "pos": 3}]
 
 
+def test_a_silenced_expert_is_said_to_be_silent(open_view, model):
+    everywhere = {**OFF, "how": "silence"}
+    view = gs.router_view(model, PROMPT, state={"changes": [everywhere]})
+    used = view.answers["layer"](layer=2)["experts"] == 1
+    pos = int(used.any(-1).argmax())
+    view.selection.pos, view.selection.layer, view.selection.expert = pos, 2, 1
+    page = open_view(view)
+    page.wait_for_selector(".chip.chosen")
+    panel, users = page.locator(".split > .panel"), page.get_by_role("listbox", name="Tokens of this expert")
+    assert f"expert 1 of layer 2 serves {used.sum()} of 15 tokens" in panel.inner_text()
+    page.get_by_role("button", name="Commit").click()
+    page.wait_for_selector(".chip.silent")
+    nothing = f"expert 1 of layer 2 is silenced: its slot says nothing at {used.sum()} of 15 tokens"
+    assert nothing in panel.inner_text() and nothing in page.locator(".matrix .spoken").inner_text()
+    assert set(users.locator(".value").all_inner_texts()) == {"silent"}
+    assert "expert 1 silent" in said(page) and page.locator(".chip.silent").count() == used.sum()
+    page.get_by_role("button", name="before", exact=True).click()
+    assert "serves" in panel.inner_text() and page.locator(".chip.silent").count() == 0
+    assert "silent" not in users.inner_text()
+
+
+@pytest.mark.parametrize("width", [1280, 1000, 760, 400])
+def test_the_next_tokens_are_whole_at_every_width(open_view, model, width):
+    page = open_view(gs.router_view(model, PROMPT, state={"changes": [OFF], "committed": [OFF]}), width=width)
+    page.wait_for_selector(".pairs [role=option]")
+    cut = """() => [...document.querySelectorAll(".pairs span, .pairs-head span")]
+      .filter((el) => el.offsetParent && el.scrollWidth > el.clientWidth + 1).map((el) => el.textContent)"""
+    assert page.evaluate(cut) == []
+
+
 def test_what_cannot_be_run_is_said(open_view, settled, model):
     changes = [{**OFF, "expert": expert} for expert in range(7)]
     page = open_view(gs.router_view(model, PROMPT, state={"changes": changes}))
