@@ -133,11 +133,12 @@ class RoutingTrace:
             f"{self.k} of {self.n_experts} experts, {self.about.get('model', 'unknown model')})"
         )
 
-    def view(self, prompt: int = 0):
-        """One prompt's experts as a RouterView. It has no model: `gs.router_view(model, text)` also commits changes."""
+    def view(self, prompt: int = 0, *, selection=None, state=None):
+        """One prompt's experts as a RouterView, linked with other views through `selection`. It has no model:
+        `gs.router_view(model, text)` also commits changes."""
         from gemmascope.views.router import trace_view
 
-        return trace_view(self, prompt)
+        return trace_view(self, prompt, selection=selection, state=state)
 
     # Files
 

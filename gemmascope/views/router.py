@@ -47,11 +47,16 @@ def router_view(
     )
 
 
-def trace_view(trace: RoutingTrace, prompt: int = 0) -> RouterView:
+def trace_view(
+    trace: RoutingTrace, prompt: int = 0, *, selection: Selection | None = None, state: Mapping | None = None
+) -> RouterView:
     """The view of one prompt of a trace, padding left out. It has no model, so nothing can be committed.
 
+    Args:
+        selection: the Selection to follow, to link it with other views.
+
     Raises:
-        ValueError: for a prompt that is not there.
+        ValueError: for a prompt that is not there, or changes in `state`.
     """
     batched = trace.to("cpu").batched()
     if not -len(batched.real) <= prompt < len(batched.real):
@@ -63,7 +68,7 @@ def trace_view(trace: RoutingTrace, prompt: int = 0) -> RouterView:
         texts = [named.get(str(token), str(token)) for token in ids]
         setup = f"import gemmascope as gs\nimport torch\nmodel = gs.load({trace.about.get('model')!r})\n"
         setup += f"prompt = torch.tensor({[ids]})"
-    return RouterView(texts, _arrays(batched, prompt), setup=setup)
+    return RouterView(texts, _arrays(batched, prompt), setup=setup, selection=selection, state=state)
 
 
 def _arrays(trace: RoutingTrace, prompt: int = 0) -> Routing:

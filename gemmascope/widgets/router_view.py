@@ -125,8 +125,8 @@ class RouterView(View, script="router_view.js"):
             setup: Python that makes `model` and `prompt`, for what is copied.
 
         Raises:
-            ValueError: for another number of tokens than the routing has, another model's routing to compare with, or a
-                state that is none.
+            ValueError: for another number of tokens than the routing has, another model's routing to compare with, a
+                state that is none, or changes in it that nothing can run.
         """
         routings = {"The prompt": (tokens, routing)} | ({} if other is None else {"The other prompt": other})
         for name, (texts, its) in routings.items():
@@ -137,6 +137,8 @@ class RouterView(View, script="router_view.js"):
         for name, known in {"show": SHOWS, "side": SIDES, "only": (None, *range(len(routing.indices)))}.items():
             if state and state.get(name, known[0]) not in known:
                 raise ValueError(f"{name} is {state[name]!r}; it is one of {', '.join(map(str, known))}.")
+        if commits is None and any((state or {}).get(name) for name in ("changes", "committed")):
+            raise ValueError("There is no model here to run changes: make the view by gs.router_view(model, prompt).")
         self._tokens, self._routing, self._aligned = tokens, routing, other is not None and other[1].n == routing.n
         self._commits = commits
         answers = {"window": routing.window, "layer": routing.layer}

@@ -156,6 +156,14 @@ def test_a_trace_without_a_model(model):
         trace.view(2)
 
 
+def test_a_trace_s_view_is_linked_and_keeps_its_state(model):
+    trace, selection = gs.trace_routing(model, PROMPT), gs.Selection(pos=3, layer=2)
+    view = trace.view(selection=selection, state={"show": "margin"})
+    assert view.selection is selection and view.state["show"] == "margin"
+    with pytest.raises(ValueError, match="no model here to run changes"):
+        trace.view(state={"committed": [OFF]})
+
+
 def test_a_page_carries_what_was_committed(model):
     view = gs.router_view(model, PROMPT, state={"changes": [OFF], "committed": [OFF]})
     questions = [json.dumps(question) for question in view.exported()]
