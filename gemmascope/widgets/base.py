@@ -9,6 +9,7 @@ when somebody looks, a function of `answers` says what is there, and `to_html` a
 import difflib
 import html
 from collections.abc import Callable, Iterable, Mapping
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -91,12 +92,18 @@ class View(anywidget.AnyWidget):
         self.exported = exported
         """The questions whose answers an exported page carries."""
         selection = Selection() if selection is None else selection
-        super().__init__(data=packed(data), state={**self.STATE, **(state or {})}, selection=selection)
+        super().__init__(data=packed(data), state=dict(state or {}), selection=selection)
 
     @traitlets.validate("state")
     def _state_is_known(self, proposal: traitlets.Bunch) -> dict:
-        _check_names(proposal["value"], self.STATE, f"The state of a {type(self).__name__}")
-        return {**self.STATE, **proposal["value"]}
+        given, what = proposal["value"], f"The state of a {type(self).__name__}"
+        _check_names(given, self.STATE, what)
+        for name, value in given.items():
+            usual = type(self.STATE[name])
+            sort = list if isinstance(value, tuple) else type(value)
+            if self.STATE[name] is not None and sort is not usual:
+                raise ValueError(f"{what} has a {usual.__name__} as {name!r}, and {value!r} came.")
+        return {**deepcopy(dict(self.STATE)), **given}
 
     @traitlets.validate("selection")
     def _selection_is_one(self, proposal: traitlets.Bunch) -> Selection:

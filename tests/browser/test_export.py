@@ -9,6 +9,7 @@ from gemmascope.widgets import assets
 from gemmascope.widgets.base import Selection, View
 from gemmascope.widgets.dashboard import Dashboard
 from gemmascope.widgets.export import canonical, page
+from gemmascope.widgets.model_map import ModelMap
 from gemmascope.widgets.token_strip import TokenStrip
 
 HOSTILE = [
@@ -87,6 +88,12 @@ def test_every_script_is_small():
 def test_state_and_selection_are_checked():
     with pytest.raises(ValueError, match="The state of a TokenStrip has no 'metrik'; the nearest are metric"):
         strip(state={"metrik": "entropy"})
+    view = ModelMap([], [], [], [], [], dtype="float32")
+    for wrong in (5, "all", None):
+        with pytest.raises(ValueError, match="The state of a ModelMap has a list as 'open', and .* came"):
+            view.state = {"open": wrong}
+    view.state["open"].append(1)
+    assert ModelMap.STATE["open"] == []
     with pytest.raises(ValueError, match="A selection has no 'position'"):
         Selection(position=3)
     with pytest.raises(Exception, match="selection is a TokenStrip; it is a gs.Selection"):
