@@ -4,15 +4,19 @@ import { clamp, range } from "./numbers.js";
 import { context, h, hatching, onKeys } from "./parts.js";
 
 const NAME = 11; // height of a name, in pixels
+const MATRIX_GUTTER = 0.35; // the largest share of the width that names of rows take
+const MATRIX_HEAD = 150; // the most pixels that names of columns take
 
 /** `name` is what a screen reader calls it. `pick(row, column)` hears of clicks and keys, `peek(place or null)` of the
  * mouse; `others` are further keys. Show it with `show({ image, rows, columns, at, ... })`:
  *     image    a canvas of one pixel a cell (codeImage), clear where there is nothing: hatched here
  *     rows, columns    names, as many as there are cells
  *     at       { row, column } of the cursor; `sentence` is what a screen reader hears there
- *     gutter   pixels for the names of rows; `head` for those of columns
+ *     gutter   pixels for the names of rows, `head` for those of columns; by default what the longest needs, up to a
+ *              share of the width. Names are measured once, while `rows` and `columns` are the same lists
  *     square   whether cells are squares; else they fill the width
- *     most     the largest size of a cell */
+ *     most     the largest size of a cell
+ *     room     pixels that it may fill; its own width by default */
 export function matrix(v, { name, pick, peek = () => {}, others = {} }) {
   const canvas = h("canvas", { ariaHidden: "true" });
   const cursor = h("div", { className: "spoken", role: "gridcell", id: v.id(name, "cursor") });
@@ -25,6 +29,19 @@ export function matrix(v, { name, pick, peek = () => {}, others = {} }) {
   let shown = null;
   let hover = null;
   let geometry = null;
+  const measured = { rows: {}, columns: {} };
+
+  /** Pixels that the longest of some names needs, the bold one at the cursor too. */
+  function longest(side) {
+    const texts = shown[side];
+    if (measured[side].texts !== texts) {
+      const ctx = canvas.getContext("2d");
+      ctx.font = `bold ${NAME}px ${v.theme.mono}`;
+      const widest = texts.reduce((most, text) => Math.max(most, ctx.measureText(text.slice(0, 200)).width), 0);
+      measured[side] = { texts, pixels: Math.ceil(widest) + 11 };
+    }
+    return measured[side].pixels;
+  }
 
   const move = (row, column) =>
     shown && pick(clamp(row, 0, shown.rows.length - 1), clamp(column, 0, shown.columns.length - 1));
@@ -47,9 +64,10 @@ export function matrix(v, { name, pick, peek = () => {}, others = {} }) {
 
   function draw() {
     if (!shown) return;
-    const { image, rows, columns, gutter = 92, head = 92, square = false, most = 32 } = shown;
-    const room = Math.max(1, el.clientWidth - gutter - 4);
-    const width = clamp(room / columns.length, 0.25, most);
+    const { image, rows, columns, square = false, most = 32, room = el.clientWidth } = shown;
+    const { gutter = Math.min(longest("rows"), Math.round(room * MATRIX_GUTTER)) } = shown;
+    const { head = Math.min(longest("columns"), MATRIX_HEAD) } = shown;
+    const width = clamp(Math.max(1, room - gutter - 4) / columns.length, 0.25, most);
     const fit = width >= 1 ? Math.floor(width) : width; // whole pixels keep cells alike
     const height = square ? fit : clamp(20, 1, most);
     geometry = { gutter, head, width: fit, height };
