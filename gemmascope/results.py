@@ -176,15 +176,19 @@ class Result:
 
         return plots.of_result(self, value)
 
-    def view(self, *, selection=None):
-        """A view of the cells as a grid, for one axis to three; linked with other views through `selection`.
+    def view(self, *, selection=None, state=None):
+        """A view of the cells as a grid, for one axis to three. It starts at the cell with the largest effect.
+
+        Args:
+            selection: the gs.Selection to follow, to link it with other views; what it names goes first.
+            state: of three axes, {"facet": the entry of the first whose picture is shown}, as in `view.state`.
 
         Raises:
-            ValueError: where more axes vary.
+            ValueError: where more axes vary, or for a facet that is not there.
         """
         from gemmascope.views.patching import result_view
 
-        return result_view(self, selection=selection)
+        return result_view(self, selection=selection, state=state)
 
     # Files
 

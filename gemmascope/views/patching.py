@@ -16,14 +16,18 @@ from gemmascope.interventions import flat
 from gemmascope.metrics import Answer, answer_ids, kl_divergence, log_prob, logit_difference, measured
 from gemmascope.readout.prompts import names_of_tokens
 from gemmascope.results import Result
+from gemmascope.views.result_words import note_of, title_of, tokens_of
 from gemmascope.views.run import Run, array, run_of
 from gemmascope.widgets.base import Selection
 from gemmascope.widgets.patch_grid import PatchGrid
 
 _SITES = ("resid_pre", "attn_out", "mlp_out", "z", "moe.hook_expert_out")
 """Offered, where the model has them."""
-TOP = 5
-"""Likeliest next tokens of each of the three runs."""
+TOP, LEAST, FEWEST = 5, 1e-3, 3
+"""Likeliest next tokens of each of the three runs that a cell names; of those of all runs, the ones that reach a
+probability of LEAST in one of them, and FEWEST in any case."""
+_SETTINGS = ("site", "by", "direction", "metric")
+"""The entries of a grid's state that say which sweep it is."""
 
 
 class _Metric(NamedTuple):
@@ -58,7 +62,8 @@ def patch_grid(
         answers: the right and the wrong next token; the likeliest of either run by default.
         site, by: what is patched at first, and the axes of its cells; see `gs.activation_patching`.
         selection: the Selection to follow, to link it with other views.
-        state: `site`, `by`, `direction` ("denoising" or "noising") and `metric` (its name), as in `grid.state`.
+        state: `site`, `by`, `direction` ("denoising" or "noising"), `metric` (its name), and for three axes `facet`
+            (the entry of the first whose picture is shown), as in `grid.state`.
 
     Raises:
         ValueError: for two prompts that are the same or share no token, an answer that is not one token, or a sweep
@@ -80,6 +85,8 @@ def patch_grid(
     sites = _sites(runs["clean"].model, pairs is not None)
     first = {"site": site, "by": list(by), "direction": "denoising", "metric": next(iter(metrics))} | dict(state or {})
     sweeps.grid(**first)  # raises now what the page would say later
+    if first.get("facet") is not None:
+        first["facet"] = _facet(sweeps.result(**first), first["facet"])
     answering = runs["clean"].answering
     view = PatchGrid(
         f"activation patching, {model.cfg.model_name}",
@@ -91,25 +98,44 @@ def patch_grid(
         setup=_setup(*runs.values()),
         call="" if pairs is None else ", positions=gs.aligned(model, clean, corrupted)",
         answers={question: answering(getattr(sweeps, question)) for question in ("grid", "cells", "cell")},
-        exported=lambda: [("grid", dict(view.state))],
+        exported=lambda: [("grid", {name: view.state[name] for name in _SETTINGS})],
         selection=selection,
         state=first,
     )
     return view
 
 
-def result_view(result: Result, *, selection: Selection | None = None) -> PatchGrid:
+def result_view(result: Result, *, selection: Selection | None = None, state: Mapping | None = None) -> PatchGrid:
     """See `Result.view`."""
     _ = result.pictured  # raises for too many axes
-    title = ", ".join(filter(None, (result.experiment, result.about.get("model"))))
+    state = dict(state or {})
+    other = next((name for name in state if name != "facet"), None)
+    if other is not None:
+        raise ValueError(f"The state of a finished result has no {other!r}; it has facet.")
+    if state.get("facet") is not None:
+        state["facet"] = _facet(result, state["facet"])
     return PatchGrid(
-        title,
+        title_of(result),
         lambda state: result,
+        note=note_of(result),
         setup="# result: the gs.Result that this view shows",
         answers={"grid": lambda: _grid(result)},
         exported=lambda: [("grid", {})],
         selection=selection,
+        state=state,
     )
+
+
+def _facet(result: Result, facet: Any) -> Any:
+    """An entry of the first of three axes, as the axis has it."""
+    axes = result.pictured
+    if len(axes) < 3:
+        raise ValueError(f"facet is {facet!r}, and a picture of {', '.join(axes)} has no facets: they need three axes.")
+    entries = result.cells[axes[0]].drop_duplicates().tolist()
+    found = next((entry for entry in entries if entry == facet), None)
+    if found is None:
+        raise ValueError(f"facet is {facet!r}; it is an entry of {axes[0]}: {', '.join(map(str, entries))}.")
+    return found
 
 
 class _Sweeps:
@@ -151,7 +177,8 @@ class _Sweeps:
         last = torch.stack([*(run.logits[-1] for run in self.runs.values()), logits[0, -1]])
         probs = ops.wide(last).softmax(-1)
         best = probs.topk(min(TOP, probs.shape[1])).indices.unique()
-        ids = best[probs[:, best].amax(0).argsort(descending=True)].tolist()
+        most, order = probs[:, best].amax(0).sort(descending=True)
+        ids = best[order[: max(FEWEST, int((most >= LEAST).sum()))]].tolist()
         return {
             "value": float(measured(base.metric, logits)[0]),
             "ids": ids,
@@ -168,7 +195,7 @@ class _Sweeps:
 
     def _sweep(self, settings: Mapping[str, Any]) -> tuple[PatchingSweep, tuple]:
         """The sweep, laid out, and its key."""
-        site, by, direction, metric = (settings[name] for name in PatchGrid.STATE)
+        site, by, direction, metric = (settings[name] for name in _SETTINGS)
         key = site, tuple(by), direction, metric
         if self._latest is None or self._latest[0] != key:
             if metric not in self.metrics:
@@ -193,6 +220,8 @@ def _grid(result: Result) -> dict[str, Any]:
         {"name": axis, "entries": list(one), "tokens": [result.token_at(axis, entry) for entry in one]}
         for axis, one in zip(axes, entries, strict=True)
     ]
+    for axis in named:
+        axis["of"] = tokens_of(result) if any(token is not None for token in axis["tokens"]) else None
     return {
         "axes": named,
         "cell": cell,

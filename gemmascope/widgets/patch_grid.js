@@ -2,9 +2,10 @@
 // to ask no more.
 
 import { matrix } from "./matrix.js";
-import { canonical, clamp, number, plural, range, shown } from "./numbers.js";
-import { button, choice, codeColours, codeImage, h, scale } from "./parts.js";
+import { canonical, clamp, number, place, plural, range, shown } from "./numbers.js";
+import { button, choice, h } from "./parts.js";
 import { patchTokens } from "./patch_cell.js";
+import { PATCH_DIGITS, PATCH_SAID, patchColours, patchDigits, patchLegend } from "./patch_colours.js";
 import { patchPrompts } from "./patch_prompts.js";
 import { view } from "./view.js";
 
@@ -18,16 +19,17 @@ const PATCH_AXES = {
   expert: "expert",
   neuron: "neuron",
 };
-const PATCH_AXES_SAID = { pos: "position" };
 const PATCH_PLACES = ["facet", "row", "column"];
+const PATCH_PANEL = 324; // pixels of the panel beside the grid, and between
+const PATCH_NARROW = 860; // a view of fewer pixels has the panel below
 
 export const patchGrid = view({
   name: ({ offers, title }) => (offers ? "Patching" : title),
-  note: ({ offers }) =>
+  note: ({ offers, note }) =>
     offers
       ? "Each cell puts one activation of one run into the other, and its colour says how much of the difference " +
         "between the two runs comes with it: which place carries the information, by cause and not by correlation."
-      : "A cell for each thing that was varied; its colour is the figure that was measured there.",
+      : note,
   keys:
     "Enter runs the cell at the cursor again; PageUp and PageDown go from layer to layer, [ and ] from head to head, " +
     "or through the pictures of another axis.",
@@ -36,7 +38,9 @@ export const patchGrid = view({
     const live = Boolean(offers) && !v.page;
     let grid = null; // the answer on show: its values are filled in as cells come
     let of = null; // the settings it is of, as text
+    let names = []; // of the entries of each axis: facet, row, column
     let image = null;
+    let best = null; // the cell at the cursor, with what was chosen of it
     let running = null; // what stops the sweep that runs
     let busy = false; // one cell is being run again
     let told = null; // the cell that was run again last
@@ -80,7 +84,7 @@ export const patchGrid = view({
     const progress = h("div", { className: "controls sweeping" }, start, bar, left, facets, taken);
     if (pair) v.body.append(pair.el);
     const picture = h("div", { className: "picture" }, map.el, legend);
-    v.body.append(facts, controls, progress, h("div", { className: "split" }, picture, panel));
+    v.body.append(facts, controls, progress, h("div", { className: "patch-split" }, picture, panel));
 
     // Cells
     const sizes = () => grid.cell.shape;
@@ -89,31 +93,54 @@ export const patchGrid = view({
       const { clean, corrupted } = grid.baselines;
       return grid.shares ? (value - corrupted) / (clean - corrupted) : value;
     }
+    /** A figure, with three digits of the largest change. */
+    const amount = (x) => number(x, grid.shares ? 3 : clamp(patchDigits(image.reach), 3, PATCH_DIGITS));
     const waiting = () => grid.values.values.reduce((count, value) => count + Number.isNaN(value), 0);
     /** The axes as facet, row, column; null where there are fewer. */
     const axes = () => [...Array(3 - grid.axes.length).fill(null), ...grid.axes];
-    const named = (axis) => PATCH_AXES_SAID[axis.name] ?? axis.name;
+    const named = (axis) => PATCH_SAID[axis.name] ?? axis.name;
     const label = (axis, i) => {
       const entry = axis.entries[i];
       if (axis.tokens[i] !== null) return `${entry} ${shown(axis.tokens[i])}`;
       return typeof entry === "number" ? `${named(axis)} ${entry}` : shown(String(entry ?? "–")).replaceAll("·", " ");
     };
-    function indexOn(axis) {
+    /** Where the selection or the reader put the cursor on an axis; null where nobody did. */
+    function chosenOn(axis, i) {
       if (!axis) return 0;
-      const field = PATCH_AXES[axis.name];
-      const now = field === undefined ? null : v.now[field];
-      const found = axis.entries.indexOf(now < 0 && now !== null ? now + axis.entries.length : now);
-      const otherwise = own[axis.name] ?? (axis.name === "pos" ? Infinity : 0); // the last position, as other views
-      return found >= 0 ? found : clamp(otherwise, 0, axis.entries.length - 1);
+      const now = axis.name in PATCH_AXES ? v.now[PATCH_AXES[axis.name]] : null;
+      const found = now === null ? -1 : axis.entries.indexOf(now < 0 ? now + axis.entries.length : now);
+      if (found >= 0) return found;
+      const kept = i === 0 && v.state.facet !== null ? axis.entries.indexOf(v.state.facet) : -1;
+      if (kept >= 0) return kept;
+      return axis.name in own ? clamp(own[axis.name], 0, axis.entries.length - 1) : null;
     }
-    const at = () => {
-      const [facet, row, column] = axes().map(indexOn);
+    /** How far a figure is from that of a cell that did nothing; -1 for none. */
+    const far = (value) => (Number.isFinite(value) ? Math.abs(share(value) - grid.nothing) : -1);
+    /** The cursor: on axes where nobody put it, that of the strongest cell; before any has run, of the last position. */
+    function at() {
+      const chosen = axes().map(chosenOn);
+      const key = canonical(chosen);
+      if (best?.key !== key) best = { key, place: chosen.includes(null) ? strongest(chosen) : chosen };
+      const [facet, row, column] = best.place;
       return { facet, row, column };
-    };
+    }
+    function strongest(chosen) {
+      const there = chosen.map((index, i) => (index === null ? range(sizes()[i]) : [index]));
+      let [most, found] = [-1, there.map((all, i) => (axes()[i]?.name === "pos" ? all.at(-1) : all[0]))];
+      for (const facet of there[0])
+        for (const row of there[1])
+          for (const column of there[2]) {
+            const cell = numberAt({ facet, row, column });
+            const reach = cell < 0 ? -1 : far(grid.values.values[cell]);
+            if (reach > most) [most, found] = [reach, [facet, row, column]];
+          }
+      return found;
+    }
     function choose(place) {
       if (!grid) return;
       const changes = {};
-      const to = { ...at(), ...place };
+      const before = at();
+      const to = { ...before, ...place };
       axes().forEach((axis, i) => {
         if (!axis) return;
         const index = to[PATCH_PLACES[i]];
@@ -121,11 +148,13 @@ export const patchGrid = view({
         if (axis.name in PATCH_AXES) changes[PATCH_AXES[axis.name]] = axis.entries[index];
       });
       v.select(changes);
+      if (to.facet !== before.facet) v.keep({ facet: axes()[0].entries[to.facet] });
       v.refresh();
     }
+    const patch = (site, by) => v.keep({ site, by, facet: null });
     function pickSite(to) {
       const found = offers.sites.find((one) => one.site === to);
-      v.keep({ site: to, by: found ? found.by[0] : v.state.by });
+      patch(to, found ? found.by[0] : v.state.by);
     }
     /** The site that another view selected, where it can be patched and is not yet. */
     function elsewhere() {
@@ -171,6 +200,7 @@ export const patchGrid = view({
         status(((performance.now() - begun) / done) * waiting());
       }
       if (running === mine) running = null;
+      best = null;
       status();
       v.refresh();
     }
@@ -199,41 +229,22 @@ export const patchGrid = view({
     }
 
     // Drawing
-    function code() {
-      const shares = grid.values.values.map(share);
-      const there = shares.filter(Number.isFinite);
-      const reach = there.reduce((most, x) => Math.max(most, Math.abs(x - grid.nothing)), 0) || 1;
-      const rising = !grid.based && there.every((x) => x >= 0); // attention, say
-      const [low, high] = [rising ? 0 : grid.nothing - reach, grid.nothing + reach];
-      const { facet } = at();
-      const [, rows, columns] = sizes();
-      const codes = new Uint8Array(rows * columns).fill(255);
-      for (let i = 0; i < codes.length; i++) {
-        const cell = grid.cell.values[facet * rows * columns + i];
-        const x = cell < 0 ? NaN : shares[cell];
-        if (Number.isFinite(x)) codes[i] = Math.round(((x - low) / (high - low)) * 254);
-      }
-      const ramp = rising ? "probability" : "diverging";
-      return { image: codeImage(codes, columns, rows, codeColours(v.theme[ramp])), facet, low, high, ramp };
-    }
     function draw() {
       image = null;
       update();
-      const none = waiting();
-      const [, , across] = axes();
-      const { low, high, ramp } = image;
-      const ends = { 0: number(low, 2), 0.5: number((low + high) / 2, 2), 1: number(high, 2) };
-      const unit = grid.shares ? "share recovered (corrupted 0, clean 1)" : grid.unit;
-      legend.replaceChildren(
-        scale(ramp, unit, ends),
-        grid.based ? h("span", {}, "middle: the cell did nothing") : "",
-        none ? h("span", {}, h("i", { className: "missing" }), ` ${plural(none, "cell")} not run`) : "",
-        h("span", {}, `across: ${named(across)}`),
-      );
+      const [, down, across] = axes();
+      legend.replaceChildren(...patchLegend(grid, image, waiting(), down, across));
+    }
+    /** The position at the cursor, in the run that cells change. */
+    function posAt() {
+      const i = grid ? axes().findIndex((axis) => axis?.name === "pos") : -1;
+      if (i >= 0) return axes()[i].entries[at()[PATCH_PLACES[i]]];
+      const last = prompts.columns.findLast(([a, b]) => a >= 0 && b >= 0)[side()];
+      return place(v.now.pos, prompts[["clean", "corrupted"][side()]].length, last);
     }
     function update() {
       if (pair) {
-        const pos = v.now.pos ?? prompts.columns.findLast(([a, b]) => a >= 0 && b >= 0)[side()];
+        const pos = posAt();
         const column = prompts.columns.findIndex((one) => one[side()] === pos);
         pair.select(Math.max(column, 0));
       }
@@ -241,24 +252,20 @@ export const patchGrid = view({
       taken.hidden = !other;
       if (other) taken.textContent = `Patch ${other.hook}, selected elsewhere`;
       if (!grid) return;
-      const place = at();
-      if (!image || image.facet !== place.facet) image = code();
-      const [facet, down, across] = axes();
-      const names = (axis) => (axis ? range(axis.entries.length).map((i) => label(axis, i)) : [""]);
-      const long =
-        across.tokens.some((token) => token !== null) || across.entries.some((one) => typeof one !== "number");
+      const to = at();
+      if (!image || image.facet !== to.facet) image = patchColours(v, grid, grid.values.values.map(share), to.facet);
+      const wide = v.body.clientWidth;
       map.show({
         image: image.image,
-        rows: names(down),
-        columns: names(across),
-        at: place,
+        rows: names[1],
+        columns: names[2],
+        at: to,
         sentence: sentence(),
-        gutter: down ? (down.entries.every((one) => typeof one === "number") ? 74 : 110) : 8,
-        head: long ? 92 : 74,
         most: 56,
+        room: wide < PATCH_NARROW ? wide : wide - PATCH_PANEL,
       });
-      if (facet) facets.querySelector("select").value = String(place.facet);
-      tell(place);
+      if (axes()[0]) facets.querySelector("select").value = String(to.facet);
+      tell(to);
     }
     function offerFacets() {
       const [facet] = axes();
@@ -274,11 +281,11 @@ export const patchGrid = view({
       const value =
         cell < 0 ? NaN : Number.isNaN(grid.values.values[cell]) ? (mine?.value ?? NaN) : grid.values.values[cell];
       const line = (name, text) => h("span", {}, h("span", { className: "what" }, name), " ", h("b", {}, text));
-      const spread = grid.interval && cell >= 0 ? [0, 1].map((i) => number(grid.interval.values[cell * 2 + i])) : null;
+      const spread = grid.interval && cell >= 0 ? [0, 1].map((i) => amount(grid.interval.values[cell * 2 + i])) : null;
       lines.replaceChildren(
         ...(Number.isNaN(value)
           ? [h("span", {}, cell < 0 ? "This place does not exist." : "This cell has not run.")]
-          : [line(grid.unit, number(value)), grid.shares ? line("share recovered", number(share(value))) : ""]),
+          : [line(grid.unit, amount(value)), grid.shares ? line("share recovered", number(share(value))) : ""]),
         spread ? line("95 % of means", `${spread[0]} to ${spread[1]}`) : "",
       );
       tokens.el.hidden = !mine;
@@ -299,7 +306,7 @@ export const patchGrid = view({
       const value = grid.values.values[cell];
       if (Number.isNaN(value)) return `${where(place)}: not run`;
       const recovered = grid.shares ? `, ${number(share(value))} of the difference recovered` : "";
-      return `${where(place)}: ${grid.unit} ${number(value)}${recovered}`;
+      return `${where(place)}: ${grid.unit} ${amount(value)}${recovered}`;
     }
     function head() {
       const metric = offers?.metrics.find(({ name }) => name === v.state.metric);
@@ -322,7 +329,7 @@ export const patchGrid = view({
       const { site, by, direction, metric } = v.state;
       const known = offers.sites.find((one) => one.site === site);
       const bys = known?.by ?? [by];
-      const joined = (list) => list.map((name) => PATCH_AXES_SAID[name] ?? name).join(" × ");
+      const joined = (list) => list.map((name) => PATCH_SAID[name] ?? name).join(" × ");
       if (!live) {
         controls.replaceChildren(`${site} by ${joined(by)}, ${direction}`);
         return;
@@ -336,7 +343,7 @@ export const patchGrid = view({
           "by",
           all.map((one) => [canonical(one), joined(one)]),
           canonical(by),
-          (to) => v.keep({ by: JSON.parse(to) }),
+          (to) => patch(site, JSON.parse(to)),
         ),
         choice(
           "direction",
@@ -367,10 +374,12 @@ export const patchGrid = view({
         }
         offer();
         v.show("grid", settings(), (answer) => {
-          grid = answer;
-          map.el.hidden = false;
-          head();
-          offerFacets();
+          if (grid !== answer) {
+            [grid, best, map.el.hidden] = [answer, null, false];
+            names = axes().map((axis) => (axis ? range(axis.entries.length).map((i) => label(axis, i)) : [""]));
+            head();
+            offerFacets();
+          }
           draw();
           status();
           v.refresh();
@@ -401,8 +410,7 @@ export const patchGrid = view({
               const cell = numberAt({ facet, row, column });
               if (cell >= 0) cells.push({ places: [facet, row, column], value: grid.values.values[cell] });
             }
-        const far = ({ value }) => (Number.isNaN(value) ? -1 : Math.abs(share(value) - grid.nothing));
-        cells.sort((a, b) => far(b) - far(a));
+        cells.sort((a, b) => far(b.value) - far(a.value));
         const none = (x) => (Number.isNaN(x) ? null : x);
         const known = axes()
           .map((axis, i) => [axis, i])

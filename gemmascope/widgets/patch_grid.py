@@ -12,16 +12,18 @@ from gemmascope.widgets.base import MAX_ROWS, View
 class PatchGrid(View, script="patch_grid.js"):
     """The cells of a sweep, one colour each: of a finished one, or of one that runs from the page and can be stopped.
 
-    State: `site`, `by` (its axes), `direction` and `metric` of the sweep that is shown; None in a finished one.
+    State: `site`, `by` (its axes), `direction` and `metric` of the sweep that is shown; None in a finished one; and of
+    three axes, `facet`, the entry of the first whose picture is shown where the selection names none.
     """
 
-    STATE = {"site": None, "by": None, "direction": None, "metric": None}
+    STATE = {"site": None, "by": None, "direction": None, "metric": None, "facet": None}
 
     def __init__(
         self,
         title: str,
         result: Callable[[Mapping[str, Any]], Any],
         *,
+        note: str = "",
         prompts: Mapping[str, Sequence[str]] | None = None,
         columns: Int[np.ndarray, "column 2"] | None = None,
         sites: Sequence[Mapping[str, Any]] = (),
@@ -37,6 +39,7 @@ class PatchGrid(View, script="patch_grid.js"):
         Args:
             title: what was run, in a few words.
             result: state -> the table behind the grid, with `top(n)`.
+            note: what a cell is; a grid that runs from the page has its own.
             prompts: the tokens of "clean" and "corrupted".
             columns: the positions (clean, corrupted) that stand above each other, -1 where one has no partner.
             sites: what can be patched: {"site", "hook" (its name without the block), "meaning", "by" (lists of axes)}.
@@ -57,7 +60,7 @@ class PatchGrid(View, script="patch_grid.js"):
         self._result = result
         pair = None if prompts is None else {**prompts, "columns": columns.tolist()}
         offers = {"sites": sites, "metrics": metrics, "call": call} if sites else None
-        data = {"title": title, "setup": setup, "prompts": pair, "offers": offers}
+        data = {"title": title, "note": note, "setup": setup, "prompts": pair, "offers": offers}
         super().__init__(data, answers=answers, exported=exported, selection=selection, state=state)
 
     @property

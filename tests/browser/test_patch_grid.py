@@ -159,7 +159,7 @@ def test_an_exported_grid_holds_what_has_run(open_file, model):
     page = open_file(html_of(grid), scheme="dark", width=600)
     assert "12 cells not run" in page.locator(".legend").inner_text()
     assert page.get_by_role("button", name="Run").count() == 0 and page.locator("select").count() == 0
-    page.locator(".matrix canvas").click(position={"x": 100, "y": 90})
+    page.locator(".matrix canvas").click(position={"x": 100, "y": 65})
     assert f"logit difference\n{float(grid.result.mean[0]):.3f}" in page.locator(".figures").inner_text()
 
 
@@ -172,10 +172,11 @@ def test_any_result_is_a_grid(open_file):
         "made up", cells.to_frame(index=False), figures, "nats", {"clean": torch.ones(1)}, {"tokens": tokens}, "clean"
     )
     page = open_file(html_of(result.view()))
-    assert status(page) == "kind ab, layer 0, position 3 z: nats -0.609"
+    assert status(page) == "kind ab, layer 0, position 0 w: nats -1.000"  # the largest effect: farthest from 1
     page.locator(".matrix").focus()
+    page.keyboard.press("End")
+    assert status(page) == "kind ab, layer 0, position 3 z: nats -0.609"
     page.keyboard.press("Home")
-    assert status(page) == "kind ab, layer 0, position 0 w: nats -1.000"
     page.keyboard.press("]")
     page.keyboard.press("ArrowRight")
     assert status(page).startswith("kind <b>, layer 0, position 1 </script>")
@@ -183,5 +184,75 @@ def test_any_result_is_a_grid(open_file):
     page.keyboard.press("Tab")
     assert status(page).startswith("kind ab, layer 0, position 1")
     assert "1 cell not run" in page.locator(".legend").inner_text()
-    page = open_file(html_of(result.only(kind="ab", layer=1).view()))
+    page = open_file(html_of(result.only(kind="ab", layer=1).view(selection=gs.Selection(pos=3))))
     assert status(page).startswith("position 3 z: not run")
+
+
+def three_axes() -> Result:
+    cells = pandas.MultiIndex.from_product([["ab", "cd"], range(3), range(4)], names=["kind", "layer", "pos"])
+    figures = torch.zeros(24, 1)
+    figures[[5, 14, 21]] = torch.tensor([[0.2], [-0.4], [0.3]])  # ab 1 1, cd 0 2, cd 2 1
+    return Result("made up", cells.to_frame(index=False), figures, "nats")
+
+
+def test_it_starts_at_the_strongest_cell_of_what_is_selected(open_view, settled):
+    view = three_axes().view()
+    page = open_view(view)
+    assert status(page) == "kind cd, layer 0, position 2: nats -0.400"
+    view.selection.pos = 1
+    assert status(page) == "kind cd, layer 2, position 1: nats 0.300"
+    view.state = {"facet": "ab"}
+    assert status(page) == "kind ab, layer 1, position 1: nats 0.200"
+    # What is chosen in the page is state, and the list keeps the keyboard.
+    kinds = page.get_by_label("kind")
+    kinds.focus()
+    kinds.select_option("cd")
+    settled(page)
+    assert view.state["facet"] == "cd" and status(page).startswith("kind cd, layer 1, position 1")
+    assert page.evaluate("() => document.activeElement.ariaLabel") == "kind"
+    assert status(open_view(three_axes().view(state={"facet": "ab"}))).startswith("kind ab, layer 1, position 1")
+
+
+def test_a_sweep_that_has_run_stands_at_its_strongest_cell(open_view, settled, model):
+    grid = grid_of(model)
+    page = open_view(grid)
+    page.get_by_role("button", name="Run", exact=True).click()
+    page.get_by_role("button", name="Done").wait_for()
+    settled(page)
+    best = grid.result.top(1).iloc[0]
+    assert status(page).startswith(f"layer {best['layer']:.0f}, position {best['pos']:.0f} ·Mary")
+    assert page.locator(".patch-prompts [aria-selected=true]").inner_text().split("\n")[0] == f"{best['pos']:.0f}"
+    assert "across: position, with the tokens of the corrupted prompt" in page.locator(".legend").inner_text()
+
+
+@pytest.mark.parametrize(
+    "largest, ticks",
+    [(12.34, ["-12.3", "0", "12.3"]), (0.0123, ["-0.0123", "0", "0.0123"]), (1.23e-6, ["-1.23e-6", "0", "1.23e-6"])],
+)
+def test_a_scale_has_three_digits_of_its_range(open_file, largest, ticks):
+    result = Result("x", pandas.DataFrame({"layer": [0, 1]}), torch.tensor([[-largest], [0.0]]), "nats")
+    page = open_file(html_of(result.view()))
+    assert sorted(page.locator(".tick").all_inner_texts()) == sorted(ticks)
+    if largest == 0.0123:
+        assert status(page) == "layer 0: nats -0.0123"
+
+
+def test_names_have_room_and_the_panel_stands_beside_the_grid(open_file):
+    names = ["receiver -> last, the second mention", "last -> store"]
+    cells = pandas.MultiIndex.from_product([names, range(3)], names=["span", "layer"]).to_frame(index=False)
+    html = html_of(Result("knockout", cells, torch.rand(6, 1), "nats").view())
+    drawn = """() => { const own = CanvasRenderingContext2D.prototype.fillText; window.drawn = [];
+        CanvasRenderingContext2D.prototype.fillText = function (text, ...at) {
+            window.drawn.push(text); own.call(this, text, ...at); }; }"""
+
+    def opened(width):
+        page = open_file(html, width=width, prepare=lambda page: page.add_init_script(f"({drawn})()"))
+        box = {name: page.locator(f".{name}").bounding_box() for name in ("matrix", "panel")}
+        return page.evaluate("() => window.drawn"), box["matrix"], box["panel"]
+
+    texts, matrix, panel = opened(1280)
+    assert names[0] in texts and not any("…" in text for text in texts)
+    assert 0 < panel["x"] - matrix["x"] - matrix["width"] < 60 and panel["x"] < 640
+    texts, matrix, panel = opened(400)
+    assert any(text.startswith("receiver -> ") and text.endswith("…") for text in texts)
+    assert matrix["width"] <= 372 and panel["y"] > matrix["y"] + matrix["height"]

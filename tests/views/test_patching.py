@@ -84,6 +84,18 @@ def test_a_cell_run_again_shows_the_next_token_in_three_runs(model):
     assert grid.data["offers"]["metrics"][0]["tokens"] == [" Mary", " John"]
 
 
+def test_a_cell_names_no_token_that_no_run_gives_a_chance(model):
+    # The last layer's stream decides alone: the three runs are sure, and the rest of each top five is noise.
+    grid = gs.patch_grid(model, CLEAN, CORRUPTED)
+    cell = grid.answer("cell", {**settings(grid), "number": 4 * 15 + 14})
+    most = values(cell["probs"]).max(axis=0)
+    assert len(most) >= 3 and (most[3:] >= 1e-3).all() and (np.diff(most) <= 0).all()
+    # Where many are likely, all of the top fives stay.
+    grid = gs.patch_grid(model, "When Mary and John went to the", "When John and Mary went to the")
+    cell = grid.answer("cell", {**settings(grid), "number": 0})
+    assert len(cell["ids"]) >= 5 and values(cell["probs"]).max(axis=0).min() >= 1e-3
+
+
 def test_sweeps_looked_at_before_go_on_where_they_stopped(model):
     grid = gs.patch_grid(model, CLEAN, CORRUPTED, answers=ANSWERS)
     first = settings(grid)
@@ -167,8 +179,77 @@ def test_any_result_of_three_axes_or_fewer_has_a_view():
     assert told["cell"]["shape"] == [2, 2, 4] and told["nothing"] == 1 and not told["shares"]
     assert [axis["name"] for axis in told["axes"]] == ["kind", "layer", "pos"]
     assert told["axes"][2]["tokens"] == list("wxyz") and told["interval"]["shape"] == [16, 2]
+    assert [axis["of"] for axis in told["axes"]] == [None, None, "the first of 2 clean prompts"]
     one = result.only(kind="a", layer=2).view()
     assert one.answer("grid", {})["cell"]["shape"] == [1, 1, 4]
     four = pandas.MultiIndex.from_product([range(2)] * 4, names=list("abcd")).to_frame(index=False)
     with pytest.raises(ValueError, match="three axes at most"):
         Result("x", four, torch.rand(16, 1), "y").view()
+
+
+def test_a_result_says_what_was_patched(model):
+    metric = gs.logit_difference(model, *ANSWERS)
+
+    def said(site, by=("layer",), **more):
+        sweep = gs.activation_patching(model, CLEAN, CORRUPTED, metric, site, by, layers=[1, 2], progress=False, **more)
+        return [result.view().data for result in (sweep, sweep.only(layer=2))]
+
+    streams, _ = said("resid_pre")
+    assert streams["title"] == "activation patching of resid_pre, denoising, nano-moe"
+    assert streams["note"] == (
+        "Each cell is one layer: resid_pre there, taken from the clean run and put into the corrupted run."
+    )
+    heads, one_layer = said("z", ("layer", "head"), direction="noising")
+    assert heads["title"] == "activation patching (noising) of z, nano-moe"
+    assert one_layer["title"] == "activation patching (noising) of z, layer 2, nano-moe"
+    assert heads["note"].startswith("Each cell is one layer and head: z there, taken from the corrupted run")
+    both, _ = said(["attn_out", "mlp_out"])
+    assert "of attn_out and mlp_out, denoising" in both["title"] and "one site and layer" in both["note"]
+    many = gs.activation_patching(model, [CLEAN, CORRUPTED], [CORRUPTED, CLEAN], metric, layers=[0], progress=False)
+    view = many.view()
+    assert "Figures are means over 2 prompts." in view.data["note"]
+    assert view.answer("grid", {})["axes"][-1]["of"] == "the first of 2 corrupted prompts"
+
+
+def test_settings_that_tell_results_apart_are_said():
+    cells = pandas.DataFrame({"layer": [0, 1]})
+
+    def said(experiment, base=None, **settings):
+        about = {"model": "m", "settings": settings}
+        view = Result(experiment, cells, torch.rand(2, 1), "nats", {"clean": torch.ones(1)}, about, base).view()
+        return view.data["title"], view.data["note"]
+
+    assert said("attribution patching", by="neuron", direction="denoising", prompts=1)[0] == (
+        "attribution patching of neuron, denoising, m"
+    )
+    assert said("direct logit attribution by head", by="head")[0] == "direct logit attribution by head, m"
+    assert said("edge attribution", method="eap-ig")[0] == "edge attribution, eap-ig, m"
+    assert said("path patching", "clean", receivers=["L3H2.q", "L3H1.q"])[0] == (
+        "path patching into L3H2.q and L3H1.q, m"
+    )
+    title, note = said("steering at blocks.1.hook_z", site="blocks.1.hook_z", norm=2.0, seed=None, ids=[1, 2])
+    assert title == "steering at blocks.1.hook_z, m"
+    assert note == "Each cell is one layer; its colour says what was measured there (nats). Settings: norm 2."
+    _, note = said("attention knockout", "clean", window=3, renormalize=True, answer=" Mary")
+    assert note == (
+        "Each cell is one layer; its colour says what was measured in the clean run with that changed (nats). "
+        "Settings: window 3, renormalize, answer ' Mary'."
+    )
+
+
+def test_the_facet_of_three_axes_is_state(model):
+    cells = pandas.MultiIndex.from_product([["a", "b"], [2, 3], range(4)], names=["kind", "layer", "pos"])
+    result = Result("x", cells.to_frame(index=False), torch.rand(16, 1), "nats")
+    assert result.view(state={"facet": "b"}).state["facet"] == "b" and result.view().state["facet"] is None
+    for state, said in [
+        ({"facet": "c"}, "facet is 'c'; it is an entry of kind: a, b"),
+        ({"site": "z"}, "has no 'site'; it has facet"),
+    ]:
+        with pytest.raises(ValueError, match=said):
+            result.view(state=state)
+    with pytest.raises(ValueError, match="layer, pos has no facets: they need three axes"):
+        result.only(kind="a").view(state={"facet": "a"})
+    grid = gs.patch_grid(model, CLEAN, CORRUPTED, site="z", by=("layer", "head", "pos"), state={"facet": np.int64(3)})
+    assert type(grid.state["facet"]) is int
+    with pytest.raises(ValueError, match="facet is 6; it is an entry of layer: 0, 1"):
+        gs.patch_grid(model, CLEAN, CORRUPTED, site="z", by=("layer", "head", "pos"), state={"facet": 6})
