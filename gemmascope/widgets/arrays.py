@@ -31,16 +31,23 @@ def quantised(x: Shaped[np.ndarray, "..."], low: int | float, high: int | float)
     return np.where(there, np.rint(codes), MISSING).astype(np.uint8)
 
 
+def whole(text: str) -> str:
+    """A text that UTF-8 can carry: a lone half of a surrogate pair, which a notebook's messages cannot, is spelled."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
 def packed(value: Any) -> Any:
     """A value as a page takes it: arrays as {"dtype", "shape", "data"} with little-endian bytes of float32, int32 or
-    uint8; loose numbers that are not finite as None. Lists and mappings are walked."""
+    uint8; loose numbers that are not finite as None; texts whole. Lists and mappings are walked."""
+    if isinstance(value, str):
+        return whole(value)
     if isinstance(value, np.ndarray):
         narrow = value.astype(value.dtype if value.dtype == np.uint8 else _NARROW[value.dtype.kind], copy=False)
         narrow = np.ascontiguousarray(narrow, dtype=narrow.dtype.newbyteorder("<"))
         return {"dtype": narrow.dtype.name, "shape": list(value.shape), "data": narrow.tobytes()}
     if isinstance(value, Mapping):
-        return {str(key): packed(one) for key, one in value.items()}
-    if isinstance(value, Sequence) and not isinstance(value, str | bytes):
+        return {whole(str(key)): packed(one) for key, one in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, bytes):
         return [packed(one) for one in value]
     if isinstance(value, float | np.floating):
         return float(value) if math.isfinite(value) else None

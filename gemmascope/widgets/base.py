@@ -19,7 +19,7 @@ import traitlets
 from anywidget.experimental import command
 
 from gemmascope.widgets import assets
-from gemmascope.widgets.arrays import apart, packed
+from gemmascope.widgets.arrays import apart, packed, whole
 
 Answers = Mapping[str, Callable[..., Mapping[str, Any]]]
 """Question -> the function that answers it: arguments by name (numbers, strings, lists); a mapping, with arrays."""
@@ -148,7 +148,10 @@ class View(anywidget.AnyWidget):
         sentence, table = self.still()
         rows = "" if table is None else table.head(MAX_ROWS).to_html(index=False, border=0)
         note = "<small>Run this cell to make it live.</small>"
-        return bundle | {"text/plain": sentence, "text/html": f"<p>{html.escape(sentence)}</p>{rows}{note}"}, metadata
+        return bundle | {
+            "text/plain": whole(sentence),
+            "text/html": whole(f"<p>{html.escape(sentence)}</p>{rows}{note}"),
+        }, metadata
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}()"

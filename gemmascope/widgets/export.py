@@ -12,7 +12,7 @@ import json
 from typing import Any
 
 from gemmascope.widgets import assets
-from gemmascope.widgets.arrays import deflated
+from gemmascope.widgets.arrays import deflated, whole
 from gemmascope.widgets.base import View
 
 
@@ -54,7 +54,7 @@ def page(view: View, title: str = "gemmascope") -> str:
 <meta charset="utf-8">
 <meta http-equiv="Content-Security-Policy" content="{policy}">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{html.escape(title)}</title>
+<title>{html.escape(whole(title))}</title>
 <style>{style}</style>
 </head>
 <body class="gsc-page">

@@ -41,7 +41,7 @@ class TokenStrip(View, script="token_strip.js"):
         for name, (_, values) in metrics.items():
             if len(values) != len(tokens):
                 raise ValueError(f"{name} has {len(values)} numbers for {len(tokens)} tokens: give one for each.")
-        self._shown = tokens, {name: values for name, (_, values) in metrics.items()}
+        self._metrics = {name: values for name, (_, values) in metrics.items()}
         data = {
             "setup": setup,
             "tokens": tokens,
@@ -51,7 +51,7 @@ class TokenStrip(View, script="token_strip.js"):
         super().__init__(data, selection=selection, state=state)
 
     def still(self):
-        tokens, metrics = self._shown
-        table = pandas.DataFrame({"token": tokens} | metrics)
+        tokens = self.data["tokens"]
+        table = pandas.DataFrame({"token": tokens} | self._metrics)
         first = table.columns[1]
         return f"{len(tokens)} tokens, those of most {first} first", table.sort_values(first, ascending=False)

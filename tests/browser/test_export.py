@@ -102,6 +102,15 @@ def test_state_and_selection_are_checked():
         Dashboard([], "nothing")
 
 
+def test_half_a_character_travels():
+    """A notebook's messages are UTF-8, which has no lone surrogates."""
+    half = "a\ud800b"
+    view = strip([half, "b"], setup=half)
+    assert view.data["tokens"] == ["a\\ud800b", "b"]
+    for text in (view.data["setup"], *view._repr_mimebundle_()[0].values(), page(view, half)):
+        str(text).encode("utf-8")
+
+
 def test_what_goes_wrong_in_an_answer_is_said_in_the_page():
     def wrong(**_):
         raise KeyError("hook_z was not cached: name it in names_filter.")
