@@ -279,7 +279,8 @@ def guarded(lse: Tensor) -> Tensor:
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Mask, head_gain: Tensor | None = None) -> tuple[Tensor, Tensor]:
     if _flash_takes(q, k, v, mask) and _flash_is_faster(q, mask):
         z, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*_by_head(q, k, v), **_short(q, mask))
-        return _gained(z.transpose(1, 2), head_gain), lse
+        unsaid = (q * 0).sum(-1)  # torch 2.13 answers a query that is NaN with zeros: this is NaN there, and else 0
+        return _gained(z.transpose(1, 2).add_(unsaid[..., None]), head_gain), lse.add_(unsaid.transpose(1, 2))
     z = v.new_empty(*q.shape[:3], v.shape[-1])
     lse = wide(q[:0]).new_empty(q.shape[0], q.shape[2], q.shape[1])
     for tile in tiles(q, k, mask):

@@ -130,3 +130,19 @@ def test_nothing_grows_with_the_square_of_the_length(window: int | None, small_t
             cpu_readouts.readout_backward(name, [grad], q=q, k=k, lse=lse, mask=mask, **rest)
     # The largest is z by source, seven times q; a pattern would have seven hundred entries for sixteen of q.
     assert largest.entries == q.numel() * 7 < b * n_heads * n * n / 6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("n_queries", [1, 9])
+def test_a_query_without_a_number_has_no_answer(dtype: torch.dtype, n_queries: int) -> None:
+    """PyTorch's flash kernel would answer it with zeros, and the model would go on as if nothing had been there."""
+    q, k, v = (torch.randn(1, n, heads, 16, dtype=dtype) for n, heads in ((n_queries, 4), (9, 2), (9, 2)))
+    mask = Mask(n_queries, 9, q.device)
+    whole = cpu.attention(q, k, v, mask)
+    q[0, 0, 1, 3] = torch.nan
+    z, lse = cpu.attention(q, k, v, mask)
+    assert z[0, 0, 1].isnan().all() and lse[0, 1, 0].isnan()
+    others = torch.ones(n_queries, 4, dtype=torch.bool)
+    others[0, 1] = False
+    torch.testing.assert_close(z[0, others], whole[0][0, others], rtol=0, atol=0)
+    torch.testing.assert_close(lse[0].T[others], whole[1][0].T[others], rtol=0, atol=0)
