@@ -274,7 +274,7 @@ class ActivationCache(Decomposable):
         return RoutingTrace(layers, indices, weights, probs, real.bool(), about=about(self.model))
 
     def view(self, **how):
-        """The linked views of this run of one prompt: `gs.dashboard(cache.model, cache)`, which takes what `how` says."""
+        """The linked views of this run of one prompt: `gs.dashboard(cache.model, cache, **how)`."""
         from gemmascope.views.dashboard import dashboard
 
         return dashboard(self.model, self, **how)
