@@ -9,7 +9,7 @@ import os
 from functools import cache
 
 import torch
-from gemmascope_kernels import checked, cpu_moe, cpu_norms, library, reference
+from gemmascope_kernels import checked, cpu_moe, cpu_norms, cpu_products, library, reference
 from gemmascope_kernels.mask import Mask as Mask
 from gemmascope_kernels.mask import box as box
 from jaxtyping import Bool, Float, Int
@@ -134,6 +134,14 @@ def expert_slots(
 ) -> Float[Tensor, "row slot d_model"]:
     """Each chosen expert's weighted output; they sum to `experts`."""
     return checked.expert_slots(x, indices, weights, gate_up, down, slot_gain, by=_by(x.device))
+
+
+def linear(x: Float[Tensor, "*row d_in"], weight: Float[Tensor, "d_out d_in"]) -> Float[Tensor, "*row d_out"]:
+    """Rows times one matrix: PyTorch's product, or, where that is slow in this dtype, one in float32."""
+    by = _by(x.device)
+    if by == "cpu" and cpu_products.in_float32(x, weight):
+        return checked.linear(x.flatten(0, -2), weight, by=by).unflatten(0, x.shape[:-1])
+    return F.linear(x, weight)
 
 
 def grouped_linear(

@@ -5,12 +5,13 @@ Values are taken before the key norm where one projection serves both, and rope 
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from gemmascope import ops
 from gemmascope.config import Gemma4Config
 from gemmascope.hooks import Part, Site, cuts_alone, heads_touched, untouched, watched, written
 from gemmascope.model.inputs import Pass
+from gemmascope.model.linear import Linear
 from gemmascope.model.norms import RMSNorm, Stream
 
 
@@ -19,17 +20,17 @@ class Attention(Part):
         super().__init__()
         self.layer, self.geometry, self.eps, self.n_heads = layer, cfg.layers[layer], cfg.eps, cfg.n_heads
         H, K, h = cfg.n_heads, self.geometry.n_kv_heads, self.geometry.d_head
-        self.q_proj = nn.Linear(cfg.d_model, H * h, bias=False)
+        self.q_proj = Linear(cfg.d_model, H * h)
         self.q_norm = RMSNorm(h, cfg.eps)
         self.is_read = any(other.kv_source == layer for other in cfg.layers)
         if self.geometry.kv_source is None:
-            self.k_proj = nn.Linear(cfg.d_model, K * h, bias=False)
+            self.k_proj = Linear(cfg.d_model, K * h)
             self.k_norm = RMSNorm(h, cfg.eps)
             if not self.geometry.k_is_v:
-                self.v_proj = nn.Linear(cfg.d_model, K * h, bias=False)
+                self.v_proj = Linear(cfg.d_model, K * h)
             self.hook_k, self.hook_k_normed, self.hook_rot_k = Site(), Site(), Site()
             self.hook_v, self.hook_v_normed = Site(), Site()
-        self.o_proj = nn.Linear(H * h, cfg.d_model, bias=False)
+        self.o_proj = Linear(H * h, cfg.d_model)
         self.hook_q, self.hook_q_normed, self.hook_rot_q = Site(), Site(), Site()
         self.hook_attn_scores, self.hook_pattern, self.hook_z, self.hook_result = Site(), Site(), Site(), Site()
 
@@ -51,7 +52,7 @@ class Attention(Part):
     def W_O(self) -> Float[Tensor, "head d_head d_model"]:
         return self.o_proj.weight.T.unflatten(0, (self.n_heads, -1))
 
-    def _own(self, name: str) -> nn.Linear:
+    def _own(self, name: str) -> Linear:
         source = self.geometry.kv_source
         if source is not None:
             raise ValueError(

@@ -25,6 +25,7 @@ from gemmascope.hooks import Part, Progress, Site, WatchedBlock, untouched, watc
 from gemmascope.model.attention import Attention
 from gemmascope.model.inputs import Pass, prepare
 from gemmascope.model.lens import LensModel
+from gemmascope.model.linear import Linear
 from gemmascope.model.moe import MoE, drawn
 from gemmascope.model.norms import RMSNorm, SiteNorm, Stream, added
 from gemmascope.rerun import kinds_of, modules_of
@@ -43,9 +44,9 @@ class MLP(Part):
 
     def __init__(self, d_model: int, d_mlp: int):
         super().__init__()
-        self.gate_proj = nn.Linear(d_model, d_mlp, bias=False)
-        self.up_proj = nn.Linear(d_model, d_mlp, bias=False)
-        self.down_proj = nn.Linear(d_mlp, d_model, bias=False)
+        self.gate_proj = Linear(d_model, d_mlp)
+        self.up_proj = Linear(d_model, d_mlp)
+        self.down_proj = Linear(d_mlp, d_model)
         self.hook_pre, self.hook_pre_linear, self.hook_post, self.hook_out = Site(), Site(), Site(), Site()
 
     @property
@@ -63,7 +64,7 @@ class MLP(Part):
     def forward(self, x: Stream, sites: bool = False) -> Stream:
         if sites and self.shown:
             return self.with_sites(x)
-        own = untouched(self.gate_proj, nn.Linear)  # nobody else holds what it gives
+        own = untouched(self.gate_proj, Linear)  # nobody else holds what it gives
         return self.down_proj(gated(self.gate_proj(x), self.up_proj(x), in_place=own))
 
     def with_sites(self, x: Stream) -> Stream:
@@ -79,7 +80,7 @@ class PerLayer(nn.Module):
         self.n_layers, self.d_ple = cfg.n_layers, cfg.d_ple
         width = cfg.n_layers * cfg.d_ple
         self.table = nn.Embedding(cfg.d_vocab_ple, width, _weight=drawn(cfg.d_vocab_ple, width))
-        self.proj = nn.Linear(cfg.d_model, width, bias=False)
+        self.proj = Linear(cfg.d_model, width)
         self.norm = RMSNorm(cfg.d_ple, cfg.eps)
 
     def forward(self, tokens: Int[Tensor, "batch pos"], embed: Stream) -> Float[Tensor, "batch pos layer d_ple"]:
@@ -94,14 +95,14 @@ class PLE(Part):
 
     def __init__(self, cfg: Gemma4Config):
         super().__init__()
-        self.gate = nn.Linear(cfg.d_model, cfg.d_ple, bias=False)
-        self.proj = nn.Linear(cfg.d_ple, cfg.d_model, bias=False)
+        self.gate = Linear(cfg.d_model, cfg.d_ple)
+        self.proj = Linear(cfg.d_ple, cfg.d_model)
         self.hook_gate, self.hook_post = Site(), Site()
 
     def forward(self, x: Stream, signal: Tensor, sites: bool = False) -> Stream:
         if sites and self.shown:
             return self.with_sites(x, signal)
-        return self.proj(gated(self.gate(x), signal, in_place=untouched(self.gate, nn.Linear)))
+        return self.proj(gated(self.gate(x), signal, in_place=untouched(self.gate, Linear)))
 
     def with_sites(self, x: Stream, signal: Tensor) -> Stream:
         return self.proj(self.hook_post(F.gelu(self.hook_gate(self.gate(x)), approximate="tanh") * signal))
@@ -180,7 +181,7 @@ class Unembed(nn.Module):
         return self._embed[0].weight.T
 
     def forward(self, x: Stream) -> Float[Tensor, "batch pos d_vocab"]:
-        return x @ self.W_U
+        return ops.linear(x, self._embed[0].weight)
 
 
 class HookedGemma4(LensModel):

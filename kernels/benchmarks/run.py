@@ -5,7 +5,8 @@
     python kernels/benchmarks/run.py attention   the rows whose name contains "attention"
 
 The kernels' tests run first: on a red one nothing is reported. Variants take turns, round by round, so that a busy
-machine slows all of them; a ratio is the median over rounds of peer / ours, so above 1 we are faster.
+machine slows all of them, in an order drawn anew, so that none always finds what the same other left in the caches; a
+ratio is the median over rounds of peer / ours, so above 1 we are faster.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import gc
 import importlib.metadata
 import os
 import platform
+import random
 import subprocess
 import sys
 import time
@@ -59,9 +61,9 @@ def measure(row: Row) -> dict[str, list[float]]:
     if row.unit != "ms":
         return {name: [run()] for name, run in variants.items()}
     samples: dict[str, list[float]] = {name: [] for name in variants}
-    started = time.perf_counter()
+    started, order = time.perf_counter(), random.Random(0)
     for number in range(30):
-        for name, run in variants.items():
+        for name, run in order.sample(list(variants.items()), len(variants)):
             took = timed(run, row.needs == "cuda")
             if number:  # the first round warms up
                 samples[name].append(took)

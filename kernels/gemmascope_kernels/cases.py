@@ -218,6 +218,13 @@ def _grouped(n: int, d_in: int, d_out: int, n_experts: int) -> Callable:
     return make
 
 
+def _linear(n: int, d_in: int, d_out: int) -> Callable:
+    def make(like: Tensor) -> dict[str, Any]:
+        return {"x": draw(like, n, d_in), "weight": draw(like, d_out, d_in, scale=d_in**-0.5)}
+
+    return make
+
+
 def _norm(what: str, *shape: int, **rest: Any) -> Callable:
     def make(like: Tensor) -> dict[str, Any]:
         made = {"x": draw(like, *shape, scale=3.0), "weight": 1 + draw(like, shape[-1], scale=0.3), "eps": EPS}
@@ -262,6 +269,8 @@ CASES = (
     ),
     Case("grouped_linear", "few", _grouped(3, 24, 17, 5)),
     Case("grouped_linear", "many", _grouped(70, 33, 40, 4)),
+    Case("linear", "one", _linear(1, 24, 17)),
+    Case("linear", "many", _linear(70, 33, 40)),
     Case("rms_norm", "rows", _norm("", 7, 40)),
     Case("rms_norm", "odd", _norm("", 3, 5, 131)),
     Case("rms_norm", "bare", _norm("bare", 2, 5, 3, 16)),

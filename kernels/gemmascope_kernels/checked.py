@@ -263,6 +263,13 @@ def expert_slots(
     return library.expert_slots(by, x=x, indices=indices, weights=weights, gate_up=gate_up, down=down)
 
 
+def linear(x: Tensor, weight: Tensor, *, by: str) -> Tensor:
+    """x weight^T [n, out]: see `reference.linear`."""
+    _like("linear", "x", x=x, weight=weight)
+    _shape("linear", x=(x, (None, None)), weight=(weight, (None, x.shape[-1])))
+    return library.linear(by, x=x, weight=weight)
+
+
 def grouped_linear(x: Tensor, expert: Tensor, weight: Tensor, *, by: str) -> Tensor:
     """Each row through the matrix of its expert [n, out]: see `reference.grouped_linear`."""
     _like("grouped_linear", "x", x=x, weight=weight)

@@ -4,18 +4,25 @@
    a kv head are rows of one matrix, so that each tile is a few large matrix products.
 2. Masks act where they differ from "all visible": on the two triangles at the ends of a tile's keys, on knocked-out
    boxes, and on whole tiles only where there is padding or an image.
-3. bfloat16 products run at 2 to 4 times the speed of float32 ones, but come out rounded to bfloat16, which is 0.25 off
-   for a score of 100. `product_in_full` asks twice: for the product, then for what the rounding left.
+3. Products stand in `cpu_products`, which knows in which dtype this machine multiplies.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from gemmascope_kernels.cpu_products import (
+    add_product,
+    grain,
+    mix,
+    operands,
+    product,
+    product_in_full,
+    product_less,
+)
 from gemmascope_kernels.mask import Mask
 from gemmascope_kernels.reference import wide
 
@@ -139,12 +146,6 @@ def _visible_keys(mask: Mask, positions: slice, furthest: Tensor | None) -> slic
     return slice(start, min(start + size, mask.n_keys))
 
 
-def grain(n: int) -> int:
-    """Numbers of keys come in multiples of about their eighth: oneDNN compiles a bfloat16 product for every new shape,
-    which takes 1 ms, and keeps it, in up to 0.7 MB."""
-    return max(64, 1 << max(0, n.bit_length() - 4))
-
-
 def _hidden(mask: Mask, positions: slice, keys: slice) -> list[tuple[slice, Tensor]]:
     """The columns of a tile that are not all visible, and their bias."""
     future = (positions.start + 1, keys.stop)
@@ -181,73 +182,7 @@ def _cuts(boxes: list[list[list[int]]], tile: tuple[slice, ...]) -> list[tuple[s
     return cuts
 
 
-# Products
-
-
-def product(a: Tensor, b: Tensor) -> Tensor:
-    """a [n, i, j] times b [n, j, k]. With one matrix and few rows, oneDNN's bmm is 10 times slower than its mm."""
-    return torch.mm(a[0], b[0])[None] if len(a) == 1 else torch.bmm(a, b)
-
-
-def add_product(out: Tensor, a: Tensor, b: Tensor, beta: float = 1) -> Tensor:
-    """out = beta * out + a b in place, rounded once."""
-    if len(a) == 1:
-        out[0].addmm_(a[0], b[0], beta=beta)
-        return out
-    return out.baddbmm_(a, b, beta=beta)
-
-
-def product_in_full(a: Tensor, b: Tensor) -> Tensor:
-    """a b, b [n, d, key], in float32, of bfloat16 factors too: what is rounded off is asked for in a second product."""
-    if a.dtype != torch.bfloat16:
-        return product(a, b)
-    whole, rest = _whole(a.shape[1], b.shape[-1])
-    parts = []
-    if whole.stop:
-        rounded = product(a, b[..., whole])
-        parts.append(rounded.float())
-        parts[0] += add_product(rounded, a, b[..., whole], beta=-1)
-    if rest.start < rest.stop:
-        parts.append(product(a.float(), b[..., rest].float()))
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
-
-
-def mix(weights: Tensor, values: Tensor) -> Tensor:
-    """weights [n, i, key], float32 at least, times values [n, key, d], in the precision of the values."""
-    if values.dtype != torch.bfloat16:
-        return product(weights, values)
-    whole, rest = _whole(*weights.shape[1:])
-    if rest.start == rest.stop:
-        return product(weights.to(values.dtype), values)
-    out = product(weights[..., rest], values[:, rest].float())
-    return out + product(weights[..., whole].to(values.dtype), values[:, whole]) if whole.stop else out
-
-
-def _whole(n_rows: int, n_keys: int) -> tuple[slice, slice]:
-    """All keys, for many rows; for few, as while generating, a round number of them, and the rest, which grows with
-    each token: its products are done in float32, where a new shape costs nothing."""
-    rest = n_keys % grain(n_keys) if n_rows < 64 else 0
-    return slice(0, n_keys - rest), slice(n_keys - rest, n_keys)
-
-
-def product_less(a: Tensor, b: Tensor, shift: Tensor) -> Tensor:
-    """a b - shift [n, i, 1] in float32. Of bfloat16 factors, it is the small difference that is rounded."""
-    rough = shift.to(a.dtype)
-    difference = rough.neg().expand(-1, -1, b.shape[-1]).contiguous()
-    add_product(difference, a, b)
-    return difference if a.dtype == shift.dtype else difference.to(shift.dtype).add_(rough - shift)
-
-
-@cache
-def _has_bf16_products() -> bool:
-    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
-
-
-def operands(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The factors as they are where their dtype has fast products, float32 otherwise."""
-    dtype, device = tensors[0].dtype, tensors[0].device.type
-    fast = dtype == torch.bfloat16 and (device != "cpu" or _has_bf16_products())
-    return tensors if fast else tuple(map(wide, tensors))
+# Scores
 
 
 def scores(q: Tensor, keys: list[Tensor], tile: Tile) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from gemmascope_kernels import cpu_products
 from gemmascope_kernels.reference import wide
 
 GATHERED = {torch.bfloat16: 2**18, torch.float32: 2**17}
@@ -20,6 +21,8 @@ GROUPED = 2**20
 """Bytes of one matrix up to which a call costs more than its product: torch's own loop over experts is better there."""
 FEW = {torch.bfloat16: 32, torch.float32: 4}
 """Rows an expert, on average, up to which torch's loop is the better one whatever the matrix."""
+SPARSE = 0.25
+"""The same, up to which it is not: it goes to every expert, those without a row too."""
 COMPANY = 15
 """Spare rows after the last: a product of 5 to 15 rows is faster as one of 16, whatever the others hold."""
 
@@ -82,16 +85,16 @@ def expert_slots(
 
 
 def experts_backward(
-    dout: Tensor, x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, weights, gate_up and down, from that of `experts`, [n, d]."""
-    return expert_slots_backward(dout[:, None].expand(*indices.shape, -1), x, indices, weights, gate_up, down)
+    dout: Tensor, x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, learned: bool = True
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Gradients of x, weights and, where these are learned, gate_up and down, from that of `experts`, [n, d]."""
+    return expert_slots_backward(dout[:, None].expand(*indices.shape, -1), x, indices, weights, gate_up, down, learned)
 
 
 def expert_slots_backward(
-    dslots: Tensor, x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, weights, gate_up and down, from that of `expert_slots`, [n, k, d].
+    dslots: Tensor, x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, learned: bool = True
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Gradients of x, weights and, where these are learned, gate_up and down, from that of `expert_slots`, [n, k, d].
 
     For a slot of weight w, with post = gelu(gate) * up, out = down post and dpost = down^T dslot:
     dw = dout . out = dpost . post, so that `out` is not needed again; all else has its gradient times w.
@@ -99,10 +102,11 @@ def expert_slots_backward(
     k, expert = indices.shape[1], indices.reshape(-1)
     counts = expert.bincount(minlength=len(down)).tolist()
     dx, dweights = wide(x).new_zeros(x.shape), weights.new_empty(weights.shape)
-    dgate_up, ddown = (_large(*matrices.shape, like=matrices) for matrices in (gate_up, down))
+    dgate_up, ddown = (_large(*each.shape, like=each) if learned else None for each in (gate_up, down))
     for number, slots in enumerate(expert.argsort(stable=True).split(counts)):
         if not len(slots):
-            dgate_up[number], ddown[number] = 0, 0
+            if learned:
+                dgate_up[number], ddown[number] = 0, 0
             continue
         token, slot = slots // k, slots % k
         rows, dout, weight = x[token], dslots[token, slot], weights[token, slot, None]
@@ -110,11 +114,13 @@ def expert_slots_backward(
         gelu = F.gelu(gate, approximate="tanh")
         post, dpost = gelu * up, dout.mm(down[number])
         dweights[token, slot] = (wide(dpost) * post).sum(-1).to(weights.dtype)
-        torch.mm((dout * weight).type_as(x).T, post, out=ddown[number])
+        if learned:
+            torch.mm((dout * weight).type_as(x).T, post, out=ddown[number])
         dpost = (dpost * weight).type_as(x)
         dgate = torch.ops.aten.gelu_backward(dpost * up, gate, approximate="tanh")
         dboth = torch.cat((dgate, dpost * gelu), dim=-1)
-        torch.mm(dboth.T, rows, out=dgate_up[number])
+        if learned:
+            torch.mm(dboth.T, rows, out=dgate_up[number])
         dx.index_add_(0, token, wide(dboth.mm(gate_up[number])))
     return dx.type_as(x), dweights, dgate_up, ddown
 
@@ -123,13 +129,15 @@ def _said(x: Tensor, indices: Tensor, gate_up: Tensor, down: Tensor) -> tuple[Te
     """What the experts of all slots say, before its weight, in some order; and the place of each slot's: [n, k]."""
     (n, k), expert = indices.shape, indices.reshape(-1)
     every, way = torch.arange(n * k, device=x.device), _way(n * k, gate_up)
-    if way != "group" or way != _way(n * k, down):
+    if way == "gather" or way != _way(n * k, down):
         gate, up = grouped_linear(x.repeat_interleave(k, 0), expert, gate_up).chunk(2, dim=-1)
         return grouped_linear(geglu(gate, up), expert, down), every.view(n, k)
     order, counts = expert.argsort(stable=True), _counts(expert, len(down), way)
     rows, place = _taken(x, order // k, way), torch.empty_like(order).index_copy_(0, order, every).view(n, k)
-    gate, up = _through(rows, counts, gate_up, way).chunk(2, dim=-1)
-    return _through(geglu(gate, up), counts, down, way), place
+    gate, up = _through(rows, counts, gate_up, way)[: n * k].chunk(2, dim=-1)
+    post = rows.new_empty(len(rows), down.shape[2])
+    post[: n * k] = geglu(gate, up)
+    return _through(post, counts, down, way), place
 
 
 def _one_by_one(x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
@@ -144,9 +152,10 @@ def _one_by_one(x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, do
         if n_rows:
             here = slice(start, start + n_rows)
             torch.index_select(x, 0, token[here], out=rows[:n_rows])
-            gate, up = _product(rows, n_rows, gate_up[number]).chunk(2, dim=-1)
+            both, said = x.new_empty(n_rows, gate_up.shape[1]), x.new_empty(n_rows, down.shape[1])
+            gate, up = _product(rows, n_rows, gate_up[number], both).chunk(2, dim=-1)
             room[:n_rows] = geglu(gate, up)
-            said = _product(room, n_rows, down[number])
+            _product(room, n_rows, down[number], said)
             # Converted by itself: a product of two dtypes converts number by number.
             out.index_copy_(0, order[here], wide(said).mul_(weights[here]).type_as(x))
             start += n_rows
@@ -154,7 +163,7 @@ def _one_by_one(x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, do
 
 
 def _loops(n_rows: int, gate_up: Tensor, down: Tensor) -> bool:
-    return _way(n_rows, gate_up) == _way(n_rows, down) == "loop"
+    return _way(n_rows, gate_up) == _way(n_rows, down) == "loop" and n_rows > SPARSE * len(down)
 
 
 def _way(n_rows: int, weight: Tensor) -> str:
@@ -165,7 +174,7 @@ def _way(n_rows: int, weight: Tensor) -> str:
     # What grouped_mm takes, and where it is the faster one.
     aligned = all(size * weight.element_size() % 16 == 0 for size in weight.shape[1:])
     taken = weight.dtype == torch.bfloat16 or (weight.dtype == torch.float32 and not weight.is_cuda)
-    few = n_rows <= FEW.get(weight.dtype, 0) * len(weight)
+    few = SPARSE * len(weight) < n_rows <= FEW.get(weight.dtype, 0) * len(weight)
     return "group" if aligned and taken and (weight.is_cuda or n_bytes <= GROUPED or few) else "loop"
 
 
@@ -185,25 +194,41 @@ def _taken(x: Tensor, order: Tensor, way: str) -> Tensor:
 def _through(rows: Tensor, counts: list[int] | Tensor, weight: Tensor, way: str) -> Tensor:
     """Sorted rows, each times its expert's matrix. Company stays company, or is dropped."""
     if way == "group":
+        if rows.is_cpu and not cpu_products.natively(rows.dtype, len(rows) // len(weight)):
+            return _grouped_in_float32(rows, counts, weight)
         return F.grouped_mm(rows, weight.transpose(1, 2), offs=counts)
     out, start = _large(len(rows), weight.shape[1], like=rows), 0
-    for n, matrix in zip(counts, weight.unbind(), strict=True):
+    for number, n in enumerate(counts):
         if n:
-            out[start : start + n] = _product(rows[start:], n, matrix)
+            _product(rows[start:], n, weight[number], out[start : start + n])
         start += n
     return out
 
 
-def _product(rows: Tensor, n: int, matrix: Tensor) -> Tensor:
+def _grouped_in_float32(rows: Tensor, stops: Tensor, weight: Tensor) -> Tensor:
+    """grouped_mm, some experts at a time, rounded once."""
+    out, start = _large(len(rows), weight.shape[1], like=rows), 0
+    for some in cpu_products.parts(len(weight), cpu_products.BLOCK // weight[0].numel()):
+        here = slice(start, int(stops[some.stop - 1]))
+        offsets = stops[some] - start
+        out[here] = F.grouped_mm(wide(rows[here]), wide(weight[some]).transpose(1, 2), offs=offsets)
+        start = here.stop
+    return out
+
+
+def _product(rows: Tensor, n: int, matrix: Tensor, out: Tensor) -> Tensor:
     """The first n of some rows, which have company after them, times a matrix, in the form that reads it fastest.
 
-    As measured with 2 threads of an EPYC (Zen 4) and of a Xeon (Emerald Rapids): MKL is faster with 4 rows and some
-    more as columns of the second factor, on the EPYC if these are full vectors. With fewer the two disagree, each by
-    a factor of 1.6.
+    As measured with 2 threads of an EPYC (Zen 4) and of a Xeon (Emerald Rapids): one row is better as the column of the
+    second factor; so are, in float32, 4 rows and some more, on the EPYC if these are full vectors.
     """
+    if rows.is_cpu and not cpu_products.natively(rows.dtype, n):
+        return out.copy_(cpu_products.linear(rows[:n], matrix))
+    if n == 1:
+        return torch.mm(matrix, rows[:1].T, out=out.T).T
     if matrix.dtype == torch.bfloat16 or not 4 <= n <= 32:
-        return rows[:n].mm(matrix.T)
-    return matrix.mm(rows[: max(n, 16)].T)[:, :n].T
+        return torch.mm(rows[:n], matrix.T, out=out)
+    return out.copy_(matrix.mm(rows[: max(n, 16)].T)[:, :n].T)
 
 
 def _large(*shape: int, like: Tensor) -> Tensor:

@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gemmascope_kernels import cpu
-from gemmascope_kernels.cpu import Tile, accumulate, as_keys, product, zeros_by_head
+from gemmascope_kernels.cpu import Tile, accumulate, as_keys, zeros_by_head
+from gemmascope_kernels.cpu_products import operands, product
 from gemmascope_kernels.mask import Mask
 from gemmascope_kernels.reference import wide
 
@@ -162,7 +163,7 @@ def attention_by_source(
 ) -> Tensor:
     out = v.new_zeros(*q.shape[:3], n_sources, v.shape[-1])
     for tile, pattern in patterns(q, k, lse, mask):
-        (values,) = cpu.operands(tile.of_keys(v))
+        (values,) = operands(tile.of_keys(v))
         flat = pattern.view(len(values), -1, pattern.shape[-1]).to(values.dtype)
         for entries, pairs, number, columns in _sources(tile, source):
             mix = product(flat[pairs][..., columns], values[pairs][:, columns])

@@ -181,25 +181,25 @@ def _few(x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Ten
     return out
 
 
-Gradients = tuple[Tensor, Tensor, Tensor, Tensor]
-"""Of x, weights, gate_up and down."""
+Gradients = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
+"""Of x, weights, gate_up and down; None for the last two where they are not learned."""
 
 
 def experts_backward(
-    dout: Tensor, x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor
+    dout: Tensor, x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, learned: bool = True
 ) -> Gradients:
     """Every slot of a token gets the same dout [n, d]."""
-    return _backward(dout, indices.shape[1], x, indices, weights, gate_up, down)
+    return _backward(dout, indices.shape[1], x, indices, weights, gate_up, down, learned)
 
 
 def expert_slots_backward(
-    dslots: Tensor, x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor
+    dslots: Tensor, x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, learned: bool = True
 ) -> Gradients:
-    return _backward(dslots.flatten(0, 1), 1, x, indices, weights, gate_up, down)
+    return _backward(dslots.flatten(0, 1), 1, x, indices, weights, gate_up, down, learned)
 
 
 def _backward(
-    dout: Tensor, per: int, x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor
+    dout: Tensor, per: int, x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, learned: bool
 ) -> Gradients:
     """Row i of dout pulls at slots i * per to (i + 1) * per."""
     leave_float64(x)
@@ -235,8 +235,8 @@ def _backward(
         **how,
     )
     dx = _sum(_through(dpre, gate_up.mT, slots, n).view(n, k, d))
-    dgate_up = _outer(dpre, 1, x, k, slots, n)
-    ddown = _outer(dout, per, post, 1, slots, n)
+    dgate_up = _outer(dpre, 1, x, k, slots, n) if learned else None
+    ddown = _outer(dout, per, post, 1, slots, n) if learned else None
     return dx, dweights.sum(0).type_as(weights), dgate_up, ddown
 
 

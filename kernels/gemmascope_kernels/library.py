@@ -20,7 +20,7 @@ from gemmascope_kernels.reference import wide
 
 MODULES = {
     "triton": ("attention", "readouts", "router", "experts", "norms"),
-    "cpu": ("cpu", "cpu_readouts", "cpu_moe", "cpu_norms"),
+    "cpu": ("cpu", "cpu_readouts", "cpu_moe", "cpu_norms", "cpu_products"),
     "reference": ("reference",),
 }
 """Where the functions of each implementation stand, in the order in which one falls back to the next."""
@@ -63,10 +63,11 @@ def run(name: str, by: str, *args: Any, **named: Any) -> Any:
 
 
 class Op:
-    """One op, and its backward: `<name>_backward(Tensor[] grads, Tensor[] outputs, <its arguments>) -> Tensor[]`.
+    """One op, and its backward: `<name>_backward(grads, outputs, wanted, <its arguments>) -> Tensor[]`.
 
-    `differentiable` names the arguments that have gradients. `backward` calls an implementation's own backward and
-    returns a gradient (or None) for each; where there is none, the definition runs again under autograd.
+    `differentiable` names the arguments that have gradients, `wanted` those whose gradients are asked for.
+    `backward` calls an implementation's own backward and returns a gradient, or None where that is not wanted, for each
+    of `differentiable`; where there is none, the definition runs again under autograd.
     """
 
     def __init__(
@@ -82,7 +83,9 @@ class Op:
         self.arguments = [part.split()[-1] for part in schema.split(",")]
         full = f"gemmascope::{name}"
         _LIBRARY.define(f"{name}({schema}, str by) -> {returns}")
-        _LIBRARY.define(f"{name}_backward(Tensor[] grads, Tensor[] outputs, {schema}, str by) -> Tensor[]")
+        _LIBRARY.define(
+            f"{name}_backward(Tensor[] grads, Tensor[] outputs, str[] wanted, {schema}, str by) -> Tensor[]"
+        )
         _LIBRARY.impl(name, self.forward, "CompositeExplicitAutograd")
         _LIBRARY.impl(f"{name}_backward", self.backward, "CompositeExplicitAutograd")
         torch.library.register_fake(full, lambda *args: fake(SimpleNamespace(**self.named(args))), lib=_LIBRARY)
@@ -124,16 +127,16 @@ class Op:
         given = ctx.given | dict(zip(ctx.tensors, ctx.saved_tensors, strict=False))
         outputs = ctx.saved_tensors[len(ctx.tensors) :]
         grads = [grad for grad, out in zip(grads, outputs, strict=True) if out.is_floating_point()]
-        found = iter(self.backward_op(grads, list(outputs), *given.values()))
-        by_name = {name: next(found) for name in self.differentiable if given[name] is not None}
-        return tuple(by_name.get(name) for name in given)
+        needed = dict(zip(given, ctx.needs_input_grad, strict=True))
+        wanted = [name for name in self.differentiable if needed[name]]
+        found = dict(zip(wanted, self.backward_op(grads, list(outputs), wanted, *given.values()), strict=True))
+        return tuple(found.get(name) for name in given)
 
-    def backward(self, grads: list[Tensor], outputs: list[Tensor], *args: Any) -> list[Tensor]:
+    def backward(self, grads: list[Tensor], outputs: list[Tensor], wanted: list[str], *args: Any) -> list[Tensor]:
         given = self.named(args)
         by, given = given["by"], self.python(given)
-        wanted = [name for name in self.differentiable if given[name] is not None]
         try:
-            own = self.own_backward(by, grads, outputs, SimpleNamespace(**given))
+            own = self.own_backward(by, grads, outputs, wanted, SimpleNamespace(**given))
             found = dict(zip(self.differentiable, own, strict=True))
         except NotImplementedError:
             found = dict(zip(wanted, self.recomputed(given, wanted, grads), strict=True))
@@ -146,9 +149,9 @@ class Op:
             outputs = [out for out in _several(outputs) if out.is_floating_point()]
         return torch.autograd.grad(outputs, tuple(leaves.values()), grads, allow_unused=True, materialize_grads=True)
 
-    def fake_backward(self, grads: list[Tensor], outputs: list[Tensor], *args: Any) -> list[Tensor]:
+    def fake_backward(self, grads: list[Tensor], outputs: list[Tensor], wanted: list[str], *args: Any) -> list[Tensor]:
         given = self.named(args)
-        return [given[name].new_empty(given[name].shape) for name in self.differentiable if given[name] is not None]
+        return [given[name].new_empty(given[name].shape) for name in wanted]
 
 
 def _several(output: Any) -> tuple[Tensor, ...]:
@@ -185,14 +188,14 @@ attention = Op(
     "(Tensor, Tensor)",
     "q k v",  # checked.attention multiplies head_gain outside when there are gradients
     fake=lambda a: (a.q.new_empty(*a.q.shape[:3], a.v.shape[-1]), _rows(a)),
-    backward=lambda by, grads, outputs, a: run("attention_backward", by, *grads, *outputs, a.q, a.k, a.v, a.mask),
+    backward=lambda by, grads, outputs, _, a: run("attention_backward", by, *grads, *outputs, a.q, a.k, a.v, a.mask),
 )
 
 
 def _readout(name: str, schema: str, fake: Callable[..., Any], returns: str = "Tensor") -> Op:
     differentiable = "q k v lse" if "Tensor v" in schema else "q k lse"
 
-    def backward(by: str, grads: list[Tensor], outputs: list[Tensor], a: SimpleNamespace) -> tuple:
+    def backward(by: str, grads: list[Tensor], outputs: list[Tensor], _: list[str], a: SimpleNamespace) -> tuple:
         if by == "reference":
             raise NotImplementedError
         return run("readout_backward", "cpu", name, grads, **vars(a))
@@ -227,10 +230,15 @@ route = Op(
     "(Tensor, Tensor, Tensor)",
     "x scale proj per_expert_scale logit_bias",
     _route,
-    backward=lambda by, grads, outputs, a: run(
+    backward=lambda by, grads, outputs, _, a: run(
         "route_backward", by, *grads, *outputs[:2], a.x, a.scale, a.proj, a.per_expert_scale, a.eps
     ),
 )
+
+
+def _learned(wanted: list[str]) -> bool:
+    return not {"weight", "gate_up", "down"}.isdisjoint(wanted)
+
 
 _EXPERTS = "Tensor x, Tensor indices, Tensor weights, Tensor gate_up, Tensor down"
 experts = Op(
@@ -239,7 +247,9 @@ experts = Op(
     "Tensor",
     "x weights gate_up down",
     lambda a: a.x.new_empty(a.x.shape),
-    backward=lambda by, grads, outputs, a: run("experts_backward", by, *grads, **vars(a)),
+    backward=lambda by, grads, outputs, wanted, a: run(
+        "experts_backward", by, *grads, **vars(a), learned=_learned(wanted)
+    ),
 )
 expert_slots = Op(
     "expert_slots",
@@ -247,7 +257,9 @@ expert_slots = Op(
     "Tensor",
     "x weights gate_up down",
     lambda a: a.x.new_empty(*a.indices.shape, a.x.shape[-1]),
-    backward=lambda by, grads, outputs, a: run("expert_slots_backward", by, *grads, **vars(a)),
+    backward=lambda by, grads, outputs, wanted, a: run(
+        "expert_slots_backward", by, *grads, **vars(a), learned=_learned(wanted)
+    ),
 )
 
 grouped_linear = Op(
@@ -256,7 +268,18 @@ grouped_linear = Op(
     "Tensor",
     "x weight",
     lambda a: a.x.new_empty(len(a.x), a.weight.shape[1]),
-    backward=lambda by, grads, outputs, a: run("grouped_linear_backward", by, *grads, **vars(a)),
+    backward=lambda by, grads, outputs, _, a: run("grouped_linear_backward", by, *grads, **vars(a)),
+)
+
+linear = Op(
+    "linear",
+    "Tensor x, Tensor weight",
+    "Tensor",
+    "x weight",
+    lambda a: a.x.new_empty(len(a.x), len(a.weight)),
+    backward=lambda by, grads, outputs, wanted, a: run(
+        "linear_backward", by, *grads, **vars(a), learned=_learned(wanted)
+    ),
 )
 
 rms_norm = Op(
@@ -265,7 +288,7 @@ rms_norm = Op(
     "Tensor",
     "x weight",
     lambda a: a.x.new_empty(a.x.shape),
-    backward=lambda by, grads, outputs, a: run("rms_norm_backward", by, *grads, **vars(a)),
+    backward=lambda by, grads, outputs, _, a: run("rms_norm_backward", by, *grads, **vars(a)),
 )
 norm_add = Op(
     "norm_add",
@@ -273,7 +296,7 @@ norm_add = Op(
     "Tensor",
     "residual x weight scalar",
     lambda a: a.x.new_empty(a.x.shape),
-    backward=lambda by, grads, outputs, a: run("norm_add_backward", by, *grads, **vars(a)),
+    backward=lambda by, grads, outputs, _, a: run("norm_add_backward", by, *grads, **vars(a)),
 )
 norm_rope = Op(
     "norm_rope",
@@ -281,5 +304,5 @@ norm_rope = Op(
     "Tensor",
     "x weight",
     lambda a: a.x.new_empty(a.x.shape),
-    backward=lambda by, grads, outputs, a: run("norm_rope_backward", by, *grads, **vars(a)),
+    backward=lambda by, grads, outputs, _, a: run("norm_rope_backward", by, *grads, **vars(a)),
 )

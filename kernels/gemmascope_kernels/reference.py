@@ -235,6 +235,11 @@ def expert_weights(probs: Tensor, indices: Tensor, per_expert_scale: Tensor) -> 
     return chosen / total.masked_fill(total == 0, 1) * per_expert_scale[indices]
 
 
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x [n, in] times weight^T, [n, out], weight [out, in]."""
+    return x @ weight.T
+
+
 def grouped_linear(x: Tensor, expert: Tensor, weight: Tensor) -> Tensor:
     """Row n of x [n, in] times the matrix of its expert, weight [E, out, in]: [n, out]. Rows need not be sorted."""
     order = expert.argsort(stable=True)
