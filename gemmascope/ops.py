@@ -219,11 +219,13 @@ def describe(device: str, dtype: str) -> dict[str, str]:
             "router, norms": f"fused Triton kernels{why}",
         }
     why = why or ("" if torch.device(device).type == "cpu" else ", because Triton is not installed")
-    products = "bfloat16 products" if dtype == "bfloat16" else f"{dtype} products"
+    products = f"{dtype} products"
+    if torch.device(device).type == "cpu" and not cpu_products.fast(getattr(torch, dtype)):
+        products += " of few rows and float32 ones of many, which this CPU multiplies faster"
     return {
         "attention": f"chunks of queries over the keys they see, in {products}{why}; "
         "a layer whose scores or pattern a hook writes computes those",
         "read-outs": f"chunks of the pattern, in float32{why}",
-        "experts": f"rows sorted by expert, {products} an expert{why}",
+        "experts": f"rows sorted by expert, each expert's in {products}{why}",
         "router, norms": f"plain PyTorch, in as few passes as it takes{why}",
     }

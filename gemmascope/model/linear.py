@@ -1,4 +1,4 @@
-"""Every matrix of the model, but for those of experts and routers."""
+"""Every matrix of the model, but for the embedding and those of experts and routers."""
 
 from jaxtyping import Float
 from torch import Tensor, nn

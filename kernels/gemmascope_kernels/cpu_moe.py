@@ -135,8 +135,9 @@ def _said(x: Tensor, indices: Tensor, gate_up: Tensor, down: Tensor) -> tuple[Te
     order, counts = expert.argsort(stable=True), _counts(expert, len(down), way)
     rows, place = _taken(x, order // k, way), torch.empty_like(order).index_copy_(0, order, every).view(n, k)
     gate, up = _through(rows, counts, gate_up, way)[: n * k].chunk(2, dim=-1)
-    post = rows.new_empty(len(rows), down.shape[2])
-    post[: n * k] = geglu(gate, up)
+    post = geglu(gate, up)
+    if way == "loop":
+        post = torch.cat((post, post.new_zeros(COMPANY, post.shape[1])))
     return _through(post, counts, down, way), place
 
 

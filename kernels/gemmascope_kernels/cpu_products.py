@@ -2,8 +2,8 @@
 
 bfloat16 has two cases. Where the machine multiplies it at up to 4 times the speed of float32, products come out rounded
 to bfloat16, 0.25 off for a score of 100: `product_in_full` asks twice, for the product and then for what the rounding
-left. Where it is slower than float32, by 2 on a Xeon without its matrix unit and by 10 on a laptop without AVX-512,
-products of many rows are made in float32, weights some at a time, and rounded once: more exact, if anything.
+left. Where it is slower than float32, by 2 on a Xeon without its matrix unit and by 10 where oneDNN has no product of
+it, as without AVX-512, products of many rows are made in float32, weights some at a time, and rounded once.
 """
 
 import math
@@ -34,8 +34,8 @@ def has(dtype: torch.dtype) -> bool:
 def fast(dtype: torch.dtype) -> bool:
     """Whether products of this dtype are no slower than those of float32.
 
-    Intel's AVX-512 multiplies bfloat16 at half the speed of float32, where it does at all; its matrix unit, AMX, at
-    many times that speed; AMD's AVX-512 at twice.
+    Intel's AVX-512 multiplies bfloat16 at half the speed of float32, where it does at all, and leaves it to a matrix
+    unit, AMX; AMD's multiplies it at twice that speed and more.
     """
     machine = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.10 does not have it
     slow = dtype == torch.bfloat16 and "Intel" in machine.get("cpu_name", "") and not machine.get("amx_bf16")
@@ -44,7 +44,7 @@ def fast(dtype: torch.dtype) -> bool:
 
 def natively(dtype: torch.dtype, n_rows: int) -> bool:
     """Whether a product of so many rows is best made in this dtype; of few, reading the other factor is the work."""
-    return fast(dtype) or (has(dtype) and n_rows < MANY)
+    return fast(dtype) or n_rows < (MANY if has(dtype) else 4)
 
 
 # One matrix, of weights
@@ -54,7 +54,7 @@ def in_float32(x: Tensor, weight: Tensor) -> bool:
     """Whether x [..., in] meets weight [out, in] faster in float32."""
     half = x.dtype == weight.dtype and x.dtype in (torch.bfloat16, torch.float16)
     n_rows = math.prod(x.shape[:-1])
-    return half and x.is_cpu and n_rows >= 4 and not natively(x.dtype, n_rows)
+    return half and x.is_cpu and not natively(x.dtype, n_rows)
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
@@ -94,7 +94,7 @@ def parts(n: int, most: int) -> list[slice]:
 def operands(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The factors [n, row, d] as they are where they are best multiplied so, in float32 otherwise."""
     dtype, n_rows = tensors[0].dtype, tensors[0].shape[1]
-    as_they_are = dtype == torch.bfloat16 and (not tensors[0].is_cpu or natively(dtype, n_rows))
+    as_they_are = dtype == torch.bfloat16 and (not tensors[0].is_cpu or (has(dtype) and natively(dtype, n_rows)))
     return tensors if as_they_are else tuple(map(wide, tensors))
 
 

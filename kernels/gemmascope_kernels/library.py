@@ -236,8 +236,15 @@ route = Op(
 )
 
 
-def _learned(wanted: list[str]) -> bool:
-    return not {"weight", "gate_up", "down"}.isdisjoint(wanted)
+def _own(name: str, learns: bool = False) -> Callable[..., tuple]:
+    """Calls `<name>_backward` with the gradients of what the op gave and its arguments. One that `learns` is told
+    whether anybody asks for those of its weights, which can be most of the work and memory."""
+
+    def backward(by: str, grads: list[Tensor], outputs: list[Tensor], wanted: list[str], a: SimpleNamespace) -> tuple:
+        told = {"learned": not {"weight", "gate_up", "down"}.isdisjoint(wanted)} if learns else {}
+        return run(f"{name}_backward", by, *grads, **vars(a), **told)
+
+    return backward
 
 
 _EXPERTS = "Tensor x, Tensor indices, Tensor weights, Tensor gate_up, Tensor down"
@@ -247,9 +254,7 @@ experts = Op(
     "Tensor",
     "x weights gate_up down",
     lambda a: a.x.new_empty(a.x.shape),
-    backward=lambda by, grads, outputs, wanted, a: run(
-        "experts_backward", by, *grads, **vars(a), learned=_learned(wanted)
-    ),
+    backward=_own("experts", learns=True),
 )
 expert_slots = Op(
     "expert_slots",
@@ -257,9 +262,7 @@ expert_slots = Op(
     "Tensor",
     "x weights gate_up down",
     lambda a: a.x.new_empty(*a.indices.shape, a.x.shape[-1]),
-    backward=lambda by, grads, outputs, wanted, a: run(
-        "expert_slots_backward", by, *grads, **vars(a), learned=_learned(wanted)
-    ),
+    backward=_own("expert_slots", learns=True),
 )
 
 grouped_linear = Op(
@@ -268,7 +271,7 @@ grouped_linear = Op(
     "Tensor",
     "x weight",
     lambda a: a.x.new_empty(len(a.x), a.weight.shape[1]),
-    backward=lambda by, grads, outputs, _, a: run("grouped_linear_backward", by, *grads, **vars(a)),
+    backward=_own("grouped_linear"),
 )
 
 linear = Op(
@@ -277,9 +280,7 @@ linear = Op(
     "Tensor",
     "x weight",
     lambda a: a.x.new_empty(len(a.x), len(a.weight)),
-    backward=lambda by, grads, outputs, wanted, a: run(
-        "linear_backward", by, *grads, **vars(a), learned=_learned(wanted)
-    ),
+    backward=_own("linear", learns=True),
 )
 
 rms_norm = Op(
@@ -288,7 +289,7 @@ rms_norm = Op(
     "Tensor",
     "x weight",
     lambda a: a.x.new_empty(a.x.shape),
-    backward=lambda by, grads, outputs, _, a: run("rms_norm_backward", by, *grads, **vars(a)),
+    backward=_own("rms_norm"),
 )
 norm_add = Op(
     "norm_add",
@@ -296,7 +297,7 @@ norm_add = Op(
     "Tensor",
     "residual x weight scalar",
     lambda a: a.x.new_empty(a.x.shape),
-    backward=lambda by, grads, outputs, _, a: run("norm_add_backward", by, *grads, **vars(a)),
+    backward=_own("norm_add"),
 )
 norm_rope = Op(
     "norm_rope",
@@ -304,5 +305,5 @@ norm_rope = Op(
     "Tensor",
     "x weight",
     lambda a: a.x.new_empty(a.x.shape),
-    backward=lambda by, grads, outputs, _, a: run("norm_rope_backward", by, *grads, **vars(a)),
+    backward=_own("norm_rope"),
 )

@@ -68,6 +68,7 @@ def test_no_product_at_all_is_slower_from_a_few_rows_on(monkeypatch: pytest.Monk
     weight = torch.randn(5, 8).bfloat16()
     found = [cpu_products.in_float32(torch.randn(n, 8).bfloat16(), weight) for n in (1, 3, 4, 400)]
     assert found == [False, False, True, True]
+    assert cpu_products.natively(torch.bfloat16, 1) and not cpu_products.natively(torch.bfloat16, 4)
 
 
 def test_linear_takes_what_pytorch_takes(machine: bool) -> None:
