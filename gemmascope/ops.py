@@ -9,7 +9,7 @@ import os
 from functools import cache
 
 import torch
-from gemmascope_kernels import checked, cpu_moe, cpu_norms, cpu_products, library, reference
+from gemmascope_kernels import checked, cpu_mlp, cpu_norms, cpu_products, library, reference
 from gemmascope_kernels.mask import Mask as Mask
 from gemmascope_kernels.mask import box as box
 from jaxtyping import Bool, Float, Int
@@ -144,18 +144,32 @@ def linear(x: Float[Tensor, "*row d_in"], weight: Float[Tensor, "d_out d_in"]) -
     return F.linear(x, weight)
 
 
+def mlp(
+    x: Float[Tensor, "*row d_model"],
+    gate: Float[Tensor, "d_mlp d_model"],
+    up: Float[Tensor, "d_mlp d_model"],
+    down: Float[Tensor, "d_model d_mlp"],
+) -> Float[Tensor, "*row d_model"]:
+    """down(gelu(gate(x)) * up(x)): on a CPU without gradients, some rows at a time."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return linear(geglu(linear(x, gate), linear(x, up)), down)
+    if _by(x.device) == "cpu" and x.is_cpu:
+        return cpu_mlp.mlp(x.flatten(0, -2), gate, up, down).view(x.shape)
+    return linear(torch.ops.aten.gelu_(linear(x, gate), approximate="tanh").mul_(linear(x, up)), down)
+
+
+def geglu(gate: Tensor, up: Tensor) -> Tensor:
+    """gelu(gate) * up, inside experts with the bits that `experts` gives."""
+    if _by(gate.device) == "cpu" and gate.is_cpu and not torch.compiler.is_compiling():
+        return checked.geglu(gate, up, by="cpu")
+    return reference.geglu(gate, up)
+
+
 def grouped_linear(
     x: Float[Tensor, "row d_in"], expert: Int[Tensor, " row"], weight: Float[Tensor, "expert d_out d_in"]
 ) -> Float[Tensor, "row d_out"]:
     """Each row through the matrix of its own expert."""
     return checked.grouped_linear(x, expert, weight, by=_by(x.device))
-
-
-def geglu(gate: Tensor, up: Tensor) -> Tensor:
-    """gelu(gate) * up inside experts, with the bits that `experts` gives."""
-    if _by(gate.device) == "reference":
-        return F.gelu(gate, approximate="tanh") * up
-    return cpu_moe.geglu(gate, up)
 
 
 # Norms. In plain PyTorch they are called as they are, so that a compiler sees inside; a Triton kernel is an op.

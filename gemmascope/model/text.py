@@ -32,13 +32,6 @@ from gemmascope.rerun import kinds_of, modules_of
 from gemmascope.tokenizer import Gemma4Tokenizer
 
 
-def gated(gate: Tensor, up: Tensor, in_place: bool) -> Tensor:
-    """gelu(gate) * up, in the memory of the gate where that is allowed and autograd does not need it."""
-    if in_place and not torch.is_grad_enabled():
-        return torch.ops.aten.gelu_(gate, approximate="tanh").mul_(up)
-    return F.gelu(gate, approximate="tanh") * up
-
-
 class MLP(Part):
     """down(gelu(gate) * up). TransformerLens calls gate's output `pre`, up's `pre_linear` and their product `post`."""
 
@@ -64,12 +57,13 @@ class MLP(Part):
     def forward(self, x: Stream, sites: bool = False) -> Stream:
         if sites and self.shown:
             return self.with_sites(x)
-        own = untouched(self.gate_proj, Linear)  # nobody else holds what it gives
-        return self.down_proj(gated(self.gate_proj(x), self.up_proj(x), in_place=own))
+        if all(untouched(part, Linear) for part in (self.gate_proj, self.up_proj, self.down_proj)):
+            return ops.mlp(x, self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight)
+        return self.down_proj(ops.geglu(self.gate_proj(x), self.up_proj(x)))
 
     def with_sites(self, x: Stream) -> Stream:
         gate, up = self.hook_pre(self.gate_proj(x)), self.hook_pre_linear(self.up_proj(x))
-        return self.hook_out(self.down_proj(self.hook_post(F.gelu(gate, approximate="tanh") * up)))
+        return self.hook_out(self.down_proj(self.hook_post(ops.geglu(gate, up))))
 
 
 class PerLayer(nn.Module):
@@ -102,10 +96,10 @@ class PLE(Part):
     def forward(self, x: Stream, signal: Tensor, sites: bool = False) -> Stream:
         if sites and self.shown:
             return self.with_sites(x, signal)
-        return self.proj(gated(self.gate(x), signal, in_place=untouched(self.gate, Linear)))
+        return self.proj(ops.geglu(self.gate(x), signal))
 
     def with_sites(self, x: Stream, signal: Tensor) -> Stream:
-        return self.proj(self.hook_post(F.gelu(self.hook_gate(self.gate(x)), approximate="tanh") * signal))
+        return self.proj(self.hook_post(ops.geglu(self.hook_gate(self.gate(x)), signal)))
 
 
 class Block(WatchedBlock):

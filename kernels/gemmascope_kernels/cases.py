@@ -225,6 +225,16 @@ def _linear(n: int, d_in: int, d_out: int) -> Callable:
     return make
 
 
+def _gates(*shape: int, split: bool = False) -> Callable:
+    def make(like: Tensor) -> dict[str, Any]:
+        if split:  # halves of one tensor, as experts have them
+            gate, up = draw(like, *shape[:-1], 2 * shape[-1], scale=3.0).chunk(2, dim=-1)
+            return {"gate": gate, "up": up}
+        return {"gate": draw(like, *shape, scale=3.0), "up": draw(like, *shape)}
+
+    return make
+
+
 def _norm(what: str, *shape: int, **rest: Any) -> Callable:
     def make(like: Tensor) -> dict[str, Any]:
         made = {"x": draw(like, *shape, scale=3.0), "weight": 1 + draw(like, shape[-1], scale=0.3), "eps": EPS}
@@ -271,6 +281,8 @@ CASES = (
     Case("grouped_linear", "many", _grouped(70, 33, 40, 4)),
     Case("linear", "one", _linear(1, 24, 17)),
     Case("linear", "many", _linear(70, 33, 40)),
+    Case("geglu", "odd", _gates(7, 33)),
+    Case("geglu", "split", _gates(3, 70, 40, split=True)),
     Case("rms_norm", "rows", _norm("", 7, 40)),
     Case("rms_norm", "odd", _norm("", 3, 5, 131)),
     Case("rms_norm", "bare", _norm("bare", 2, 5, 3, 16)),

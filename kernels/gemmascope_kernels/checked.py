@@ -270,6 +270,13 @@ def linear(x: Tensor, weight: Tensor, *, by: str) -> Tensor:
     return library.linear(by, x=x, weight=weight)
 
 
+def geglu(gate: Tensor, up: Tensor, *, by: str) -> Tensor:
+    """gelu(gate) * up: see `reference.geglu`."""
+    _like("geglu", "gate", gate=gate, up=up)
+    _shape("geglu", up=(up, tuple(gate.shape)))
+    return library.geglu(by, gate=gate, up=up)
+
+
 def grouped_linear(x: Tensor, expert: Tensor, weight: Tensor, *, by: str) -> Tensor:
     """Each row through the matrix of its expert [n, out]: see `reference.grouped_linear`."""
     _like("grouped_linear", "x", x=x, weight=weight)

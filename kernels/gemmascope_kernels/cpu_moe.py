@@ -5,14 +5,13 @@ where they lie, once: rows are sorted by expert and taken through, all of them o
 hooks calls the pieces instead, `grouped_linear`, `geglu` and `grouped_linear`, and has the same bits.
 """
 
-import math
-
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from gemmascope_kernels import cpu_products
+from gemmascope_kernels.cpu_mlp import geglu
+from gemmascope_kernels.cpu_products import scratch
 from gemmascope_kernels.reference import wide
 
 GATHERED = {torch.bfloat16: 2**18, torch.float32: 2**17}
@@ -34,19 +33,7 @@ def grouped_linear(x: Tensor, expert: Tensor, weight: Tensor) -> Tensor:
         return torch.bmm(weight[expert], x[..., None]).squeeze(-1)
     order = expert.argsort(stable=True)
     out = _through(_taken(x, order, way), _counts(expert, len(weight), way), weight, way)
-    return _large(len(x), weight.shape[1], like=x).index_copy_(0, order, out[: len(x)])
-
-
-def geglu(gate: Tensor, up: Tensor) -> Tensor:
-    """gelu(gate) * up, with the same bits wherever an element stands.
-
-    torch rounds the few elements after the last full vector differently, and every thread has a last vector. They get
-    company, which is dropped.
-    """
-    flat = gate.reshape(-1)
-    company = -len(flat) % (64 * torch.get_num_threads())
-    gelu = F.gelu(F.pad(flat, (0, company)) if company else flat, approximate="tanh")
-    return gelu[: len(flat)].view(gate.shape) * up
+    return x.new_empty(len(x), weight.shape[1]).index_copy_(0, order, out[: len(x)])
 
 
 def experts(
@@ -56,7 +43,7 @@ def experts(
     (n, k), d = indices.shape, down.shape[1]
     weights = weights if slot_gain is None else weights * slot_gain
     if _loops(n * k, gate_up, down):
-        return _one_by_one(x, indices, weights, gate_up, down).sum(1)
+        return _one_by_one(x, indices, weights, gate_up, down, scratch("slots", n, k, d, like=x)).sum(1)
     said, place = _said(x, indices, gate_up, down)
     out, step = x.new_empty(n, d), max(1, min(n, 2**20 // (k * d)))  # as many tokens as stay in the cache
     slots, weighted = said.new_empty(step * k, d), wide(said[:0]).new_empty(step * k, d)
@@ -77,9 +64,9 @@ def expert_slots(
     """See `reference.expert_slots`."""
     weights = weights if slot_gain is None else weights * slot_gain
     if _loops(indices.numel(), gate_up, down):
-        return _one_by_one(x, indices, weights, gate_up, down)
+        return _one_by_one(x, indices, weights, gate_up, down, x.new_empty(*indices.shape, down.shape[1]))
     said, place = _said(x, indices, gate_up, down)
-    out = _large(place.numel(), down.shape[1], like=x)
+    out = x.new_empty(place.numel(), down.shape[1])
     torch.index_select(said, 0, place.reshape(-1), out=out)
     return out.view(*place.shape, -1).mul_(weights[..., None])
 
@@ -102,7 +89,7 @@ def expert_slots_backward(
     k, expert = indices.shape[1], indices.reshape(-1)
     counts = expert.bincount(minlength=len(down)).tolist()
     dx, dweights = wide(x).new_zeros(x.shape), weights.new_empty(weights.shape)
-    dgate_up, ddown = (_large(*each.shape, like=each) if learned else None for each in (gate_up, down))
+    dgate_up, ddown = (torch.empty_like(each) if learned else None for each in (gate_up, down))
     for number, slots in enumerate(expert.argsort(stable=True).split(counts)):
         if not len(slots):
             if learned:
@@ -141,13 +128,13 @@ def _said(x: Tensor, indices: Tensor, gate_up: Tensor, down: Tensor) -> tuple[Te
     return _through(post, counts, down, way), place
 
 
-def _one_by_one(x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-    """`expert_slots`, an expert at a time: taken, through both matrices, weighted and put where they belong, its rows
-    stay in the cache, and the result is the only large memory that is asked for."""
-    (n, k), expert = indices.shape, indices.reshape(-1)
+def _one_by_one(x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, out: Tensor) -> Tensor:
+    """`expert_slots`, an expert at a time: taken, through both matrices, weighted and put where they belong, in `out`
+    [n, k, d], its rows stay in the cache."""
+    k, expert = indices.shape[1], indices.reshape(-1)
     order, counts = expert.argsort(stable=True), _counts(expert, len(down), "loop")
     token, weights = order // k, weights.reshape(-1, 1)[order]
-    out, most, start = _large(n * k, down.shape[1], like=x), max(counts) + COMPANY, 0
+    slots, most, start = out.flatten(0, 1), max(counts) + COMPANY, 0
     rows, room = x.new_zeros(most, x.shape[1]), x.new_zeros(most, down.shape[2])
     for number, n_rows in enumerate(counts):
         if n_rows:
@@ -158,9 +145,9 @@ def _one_by_one(x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, do
             room[:n_rows] = geglu(gate, up)
             _product(room, n_rows, down[number], said)
             # Converted by itself: a product of two dtypes converts number by number.
-            out.index_copy_(0, order[here], wide(said).mul_(weights[here]).type_as(x))
+            slots.index_copy_(0, order[here], wide(said).mul_(weights[here]).type_as(x))
             start += n_rows
-    return out.view(n, k, -1)
+    return out
 
 
 def _loops(n_rows: int, gate_up: Tensor, down: Tensor) -> bool:
@@ -186,19 +173,19 @@ def _counts(expert: Tensor, n_experts: int, way: str) -> list[int] | Tensor:
 
 
 def _taken(x: Tensor, order: Tensor, way: str) -> Tensor:
-    """The rows of x in this order, and company for a loop."""
+    """The rows of x in this order, and company for a loop, in scratch memory."""
     order = F.pad(order, (0, COMPANY)) if way == "loop" else order
-    out = _large(len(order), x.shape[1], like=x)
+    out = scratch("rows", len(order), x.shape[1], like=x)
     return torch.index_select(x, 0, order, out=out)
 
 
 def _through(rows: Tensor, counts: list[int] | Tensor, weight: Tensor, way: str) -> Tensor:
-    """Sorted rows, each times its expert's matrix. Company stays company, or is dropped."""
+    """Sorted rows, each times its expert's matrix, in scratch memory. Company stays company, or is dropped."""
     if way == "group":
         if rows.is_cpu and not cpu_products.natively(rows.dtype, len(rows) // len(weight)):
             return _grouped_in_float32(rows, counts, weight)
         return F.grouped_mm(rows, weight.transpose(1, 2), offs=counts)
-    out, start = _large(len(rows), weight.shape[1], like=rows), 0
+    out, start = scratch("through", len(rows), weight.shape[1], like=rows), 0
     for number, n in enumerate(counts):
         if n:
             _product(rows[start:], n, weight[number], out[start : start + n])
@@ -208,7 +195,7 @@ def _through(rows: Tensor, counts: list[int] | Tensor, weight: Tensor, way: str)
 
 def _grouped_in_float32(rows: Tensor, stops: Tensor, weight: Tensor) -> Tensor:
     """grouped_mm, some experts at a time, rounded once."""
-    out, start = _large(len(rows), weight.shape[1], like=rows), 0
+    out, start = scratch("through", len(rows), weight.shape[1], like=rows), 0
     for some in cpu_products.parts(len(weight), cpu_products.BLOCK // weight[0].numel()):
         here = slice(start, int(stops[some.stop - 1]))
         offsets = stops[some] - start
@@ -230,11 +217,3 @@ def _product(rows: Tensor, n: int, matrix: Tensor, out: Tensor) -> Tensor:
     if matrix.dtype == torch.bfloat16 or not 4 <= n <= 32:
         return torch.mm(rows[:n], matrix.T, out=out)
     return out.copy_(matrix.mm(rows[: max(n, 16)].T)[:, :n].T)
-
-
-def _large(*shape: int, like: Tensor) -> Tensor:
-    """Memory for a result. numpy asks for large pages, which come four times faster than the small ones of torch."""
-    n_bytes = like.element_size() * math.prod(shape)
-    if like.device.type != "cpu" or n_bytes < 2**22:
-        return like.new_empty(shape)
-    return torch.from_numpy(np.empty(n_bytes, np.uint8)).view(like.dtype).view(shape)

@@ -7,6 +7,7 @@ it, as without AVX-512, products of many rows are made in float32, weights some 
 """
 
 import math
+import threading
 from functools import cache
 
 import torch
@@ -20,6 +21,9 @@ ROWS = 2048
 """Rows that are held in float32 at a time: enough to pay for the weights, which each of these parts converts again."""
 MANY = 64
 """Rows from which the arithmetic is the work, and not reading the other factor."""
+KEPT = 1 << 28
+"""Bytes of scratch memory, of each name, up to which it is kept from call to call."""
+_rooms = threading.local()
 
 
 @cache
@@ -57,9 +61,9 @@ def in_float32(x: Tensor, weight: Tensor) -> bool:
     return half and x.is_cpu and not natively(x.dtype, n_rows)
 
 
-def linear(x: Tensor, weight: Tensor) -> Tensor:
+def linear(x: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
     """x [row, in] weight^T, in float32, rounded once: [row, out]."""
-    out = x.new_empty(len(x), len(weight))
+    out = x.new_empty(len(x), len(weight)) if out is None else out
     for rows in parts(len(x), ROWS):
         exact = wide(x[rows])
         for columns in parts(len(weight), BLOCK // weight.shape[1]):
@@ -80,6 +84,25 @@ def linear_backward(dout: Tensor, x: Tensor, weight: Tensor, learned: bool) -> t
         for columns in parts(len(weight), BLOCK // weight.shape[1]):
             dweight[columns] = wide(dout[:, columns]).T.mm(exact)
     return dx, dweight
+
+
+def written(x: Tensor, weight: Tensor, out: Tensor) -> Tensor:
+    """x [row, in] weight^T, in the faster dtype, in the memory of `out` [row, out]."""
+    return linear(x, weight, out) if in_float32(x, weight) else torch.mm(x, weight.T, out=out)
+
+
+def scratch(name: str, *shape: int, like: Tensor) -> Tensor:
+    """Memory for what a call needs and does not return: on a CPU the same for each name, in each thread, as pages that
+    are new to the process cost more than what is written there. Nothing holds it between two calls."""
+    n_bytes = like.element_size() * math.prod(shape)
+    if not like.is_cpu or n_bytes > KEPT:
+        return like.new_empty(shape)
+    room = getattr(_rooms, name, None)
+    if room is None or len(room) < n_bytes:
+        with torch.inference_mode(False):  # or only that mode could write there
+            room = torch.empty(n_bytes, dtype=torch.uint8)
+        setattr(_rooms, name, room)
+    return room[:n_bytes].view(like.dtype).view(shape)
 
 
 def parts(n: int, most: int) -> list[slice]:
@@ -132,11 +155,12 @@ def product_in_full(a: Tensor, b: Tensor) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
 
-def mix(weights: Tensor, values: Tensor) -> Tensor:
-    """weights [n, i, key], float32 at least, times values [n, key, d], in the precision of the values."""
+def mix(weights: Tensor, total: Tensor, values: Tensor) -> Tensor:
+    """weights [n, i, key], float32 at least, by their total [n, i, 1], times values [n, key, d], in the precision of
+    the values. The few numbers that come out are divided; in bfloat16, the weights before they are rounded."""
     if values.dtype != torch.bfloat16:
-        return product(weights, values)
-    whole, rest = _whole(*weights.shape[1:])
+        return product(weights, values).div_(total)
+    weights, (whole, rest) = weights.div_(total), _whole(*weights.shape[1:])
     if rest.start == rest.stop:
         return product(weights.to(values.dtype), values)
     out = product(weights[..., rest], values[:, rest].float())

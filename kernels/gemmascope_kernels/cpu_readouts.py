@@ -67,14 +67,14 @@ def _chosen(
             first, last = (int(x) + k.shape[1] - q.shape[1] for x in some.aminmax())
             columns = slice(0 if mask.window is None else max(0, first - mask.window + 1), last + 1)
         of = (every if keys is None else keys)[columns]
-        hidden = mask.rows(some, of).log()
+        hidden = cpu.bias_of(mask.rows(some, of))
         for slot, head in enumerate(range(q.shape[2]) if heads is None else heads.tolist()):
             queries, met = wide(q[:, :, head][:, some]), wide(k[:, :, head // group][:, of])
             scores = torch.bmm(queries, met.transpose(1, 2)).add_(hidden)
             cut = _knocked(mask, head, q.shape[0], some, of)
             if cut is not None and mask.renormalize:
                 scores.masked_fill_(cut, float("-inf"))
-            pattern = scores.sub_(cpu.guarded(lse[:, head, some, None])).exp_()
+            pattern = cpu.exp_(scores.sub_(cpu.guarded(lse[:, head, some, None])))
             if cut is not None and not mask.renormalize:
                 pattern.masked_fill_(cut, 0)
             yield slot, part, columns, (head, some, of), pattern

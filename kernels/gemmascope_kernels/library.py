@@ -20,7 +20,7 @@ from gemmascope_kernels.reference import wide
 
 MODULES = {
     "triton": ("attention", "readouts", "router", "experts", "norms"),
-    "cpu": ("cpu", "cpu_readouts", "cpu_moe", "cpu_norms", "cpu_products"),
+    "cpu": ("cpu", "cpu_readouts", "cpu_moe", "cpu_mlp", "cpu_norms", "cpu_products"),
     "reference": ("reference",),
 }
 """Where the functions of each implementation stand, in the order in which one falls back to the next."""
@@ -281,6 +281,15 @@ linear = Op(
     "x weight",
     lambda a: a.x.new_empty(len(a.x), len(a.weight)),
     backward=_own("linear", learns=True),
+)
+
+geglu = Op(
+    "geglu",
+    "Tensor gate, Tensor up",
+    "Tensor",
+    "gate up",
+    lambda a: a.gate.new_empty(a.gate.shape),
+    backward=_own("geglu"),
 )
 
 rms_norm = Op(

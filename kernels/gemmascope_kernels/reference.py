@@ -240,6 +240,16 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     return x @ weight.T
 
 
+def geglu(gate: Tensor, up: Tensor) -> Tensor:
+    """gelu(gate) * up, of any shape, with the tanh form of gelu."""
+    return F.gelu(gate, approximate="tanh") * up
+
+
+def mlp(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    """down(gelu(gate(x)) * up(x)): x [n, d], gate and up [m, d], down [d, m], giving [n, d]."""
+    return linear(geglu(linear(x, gate), linear(x, up)), down)
+
+
 def grouped_linear(x: Tensor, expert: Tensor, weight: Tensor) -> Tensor:
     """Row n of x [n, in] times the matrix of its expert, weight [E, out, in]: [n, out]. Rows need not be sorted."""
     order = expert.argsort(stable=True)
@@ -258,8 +268,7 @@ def expert_slots(
     """
     n, k = indices.shape
     gate, up = grouped_linear(x.repeat_interleave(k, 0), indices.flatten(), gate_up).chunk(2, dim=-1)
-    post = F.gelu(gate, approximate="tanh") * up
-    out = grouped_linear(post, indices.flatten(), down).unflatten(0, (n, k))
+    out = grouped_linear(geglu(gate, up), indices.flatten(), down).unflatten(0, (n, k))
     weights = weights if slot_gain is None else weights * slot_gain
     return (out * weights[..., None]).type_as(out)
 
