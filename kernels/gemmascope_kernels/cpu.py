@@ -10,6 +10,7 @@
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -31,6 +32,8 @@ TILE = 1 << 20
 """Scores in a tile of several heads; above it, a tile has one kv head."""
 MOST = 1 << 22
 """Scores in a tile of one kv head; above it, a tile has fewer queries."""
+SMALL = 1 << 16
+"""Entries of a bias that is kept for the tiles and layers to come."""
 SHORT = 1 << 25
 """Multiplications of scores, a batch entry: up to here PyTorch's flash kernel is faster, being a single call."""
 SHORT_BACKWARD = {torch.float64: 1 << 22, torch.float32: 1 << 22, torch.bfloat16: 1 << 18}
@@ -165,12 +168,18 @@ def _bias(mask: Mask, positions: slice, keys: slice) -> Tensor:
     if not _only_band(mask):
         offset = mask.n_keys - mask.n_queries
         return bias_of(mask.rows(slice(positions.start - offset, positions.stop - offset), keys))
-    # The same for a causal or sliding band, faster.
-    shape = (1, positions.stop - positions.start, keys.stop - keys.start)
-    everywhere = torch.full(shape, float("-inf"), device=mask.device)
-    own = positions.start - keys.start  # the column where the first row stands itself
+    sizes = (positions.stop - positions.start, keys.stop - keys.start)
+    band = _band if sizes[0] * sizes[1] <= SMALL else _band.__wrapped__
+    return band(*sizes, positions.start - keys.start, mask.window, mask.device)
+
+
+@lru_cache(maxsize=32)
+def _band(n_rows: int, n_columns: int, own: int, window: int | None, device: torch.device) -> Tensor:
+    """The bias of a causal or sliding band, where the first row stands itself in column `own`: the same in every layer,
+    and in most tiles."""
+    everywhere = torch.full((1, n_rows, n_columns), float("-inf"), device=device)
     future = everywhere.triu(own + 1)
-    return future if mask.window is None else future.add_(everywhere.tril_(own - mask.window))
+    return future if window is None else future.add_(everywhere.tril_(own - window))
 
 
 def bias_of(seen: Tensor) -> Tensor:

@@ -46,15 +46,14 @@ def experts(
         return _one_by_one(x, indices, weights, gate_up, down, scratch("slots", n, k, d, like=x)).sum(1)
     said, place = _said(x, indices, gate_up, down)
     out, step = x.new_empty(n, d), max(1, min(n, 2**20 // (k * d)))  # as many tokens as stay in the cache
-    slots, weighted = said.new_empty(step * k, d), wide(said[:0]).new_empty(step * k, d)
+    slots = said.new_empty(step * k, d)
     for start in range(0, n, step):
         here = slice(start, min(n, start + step))
         rows = slice(0, (here.stop - start) * k)
         torch.index_select(said, 0, place[here].reshape(-1), out=slots[rows])
         # Converted by themselves: a product of two dtypes converts number by number.
-        weighted[rows].copy_(slots[rows])
-        slots[rows].copy_(weighted[rows].mul_(weights[here].reshape(-1, 1)))
-        torch.sum(slots[rows].view(-1, k, d), 1, out=out[here])
+        weighted = wide(slots[rows]).mul_(weights[here].reshape(-1, 1)).type_as(said)
+        torch.sum(weighted.view(-1, k, d), 1, out=out[here])
     return out
 
 
