@@ -37,8 +37,12 @@ SMALL = 1 << 16
 """Entries of a bias that is kept for the tiles and layers to come."""
 SHORT = 1 << 25
 """Multiplications of scores, a batch entry: up to here PyTorch's flash kernel is faster, being a single call."""
+NARROW = {torch.float32: 256, torch.bfloat16: 64}
+"""Widths of heads up to which it is faster on causal calls of any length: it keeps their scores in the cache."""
 SHORT_BACKWARD = {torch.float64: 1 << 22, torch.float32: 1 << 22, torch.bfloat16: 1 << 18}
-"""The same for its backward, of all batch entries together."""
+"""Like SHORT, for its backward, of all batch entries together."""
+NARROW_BACKWARD = {torch.float32: 128, torch.bfloat16: 64}
+"""Like NARROW, for its backward."""
 
 
 @dataclass(frozen=True)
@@ -262,6 +266,8 @@ def _flash_takes(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> bool:
 
 
 def _flash_is_faster(q: Tensor, mask: Mask) -> bool:
+    if _narrow(q, mask, NARROW):
+        return True
     most = SHORT
     if mask.n_queries < mask.n_keys:
         most >>= 3  # here, heads that share a kv head are one matrix however few the queries
@@ -269,6 +275,10 @@ def _flash_is_faster(q: Tensor, mask: Mask) -> bool:
         # A single query takes that kernel 10 times as long as products where these are fast, two thirds where not.
         most = most >> 5 if fast(q.dtype) else most << 5
     return q[0].numel() * mask.n_keys <= most
+
+
+def _narrow(q: Tensor, mask: Mask, widths: dict[torch.dtype, int]) -> bool:
+    return mask.plain and mask.n_queries == mask.n_keys and q.shape[-1] <= widths.get(q.dtype, 0)
 
 
 def _short(q: Tensor, mask: Mask) -> dict[str, Any]:
@@ -309,7 +319,7 @@ def attention_backward(
     renormalising has dP = 0, and sends no value.
     """
     short = q.numel() * mask.n_keys <= SHORT_BACKWARD.get(q.dtype, 0)
-    if short and _flash_takes(q, k, v, mask) and not dlse.any():
+    if (short or _narrow(q, mask, NARROW_BACKWARD)) and _flash_takes(q, k, v, mask) and not dlse.any():
         backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
         return tuple(_by_head(*backward(*_by_head(dz, q, k, v, z), lse, 0.0, **_short(q, mask))))
     dq = torch.empty_like(q)

@@ -18,6 +18,8 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu, "MOST", 1 << 11)
     monkeypatch.setattr(cpu, "SHORT", -1)
     monkeypatch.setattr(cpu, "SHORT_BACKWARD", {})
+    monkeypatch.setattr(cpu, "NARROW", {})
+    monkeypatch.setattr(cpu, "NARROW_BACKWARD", {})
 
 
 def relative(got: torch.Tensor, truth: torch.Tensor) -> float:

@@ -22,6 +22,7 @@ def machine(request, monkeypatch: pytest.MonkeyPatch) -> bool:
     monkeypatch.setattr(cpu_products, "BLOCK", 700)
     monkeypatch.setattr(cpu_products, "ROWS", 5)
     monkeypatch.setattr(cpu, "SHORT", -1)
+    monkeypatch.setattr(cpu, "NARROW", {})
     return request.param
 
 
