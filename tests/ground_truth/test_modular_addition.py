@@ -1,6 +1,7 @@
 """Modular addition (Nanda et al. 2023, arXiv 2301.05217): a one-layer Gemma 4 learns a + b mod 31 by a few frequencies.
 
-Trained here, full batch, on 70 % of all sums; it knows the others ("groks") after some 200 steps, in about 10 seconds.
+Trained here, full batch, on 70 % of all sums, in about 10 seconds; from each of four seeds tried it knows the others
+("groks") by the end.
 """
 
 import pytest
@@ -14,7 +15,7 @@ from gemmascope.model.text import HookedGemma4
 
 P, FIRST = 31, 3
 EQUALS = FIRST + P
-STEPS = 250
+STEPS = 500
 SUMS = torch.cartesian_prod(torch.arange(P), torch.arange(P))
 TOKENS = torch.cat((SUMS + FIRST, torch.full((P * P, 1), EQUALS)), dim=1)
 ANSWERS = SUMS.sum(1) % P + FIRST
