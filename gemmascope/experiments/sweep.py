@@ -182,6 +182,7 @@ def run_cells(
     *,
     rows: int = ROWS,
     done: Float[Tensor, "cell prompt"] | None = None,
+    then: str = "pass this result as resume= to go on",
     progress: bool = True,
 ) -> Float[Tensor, "cell prompt"]:
     """The metric under the interventions of each cell. An interrupt (Ctrl-C) leaves NaN in the cells not reached.
@@ -191,11 +192,12 @@ def run_cells(
             held only while its cell runs.
         rows: rows of a forward pass; prompts of one cell stay together.
         done: figures of an earlier, interrupted call: only its NaN cells are run.
+        then: what is said to whoever interrupts, after how many cells are left.
     """
     queue = Queue(base, cells, rows, done)
     n = len(cells)
     with tqdm(total=n, initial=n - len(queue.waiting), unit="cell", delay=1, disable=not progress) as bar:
-        with interruptible(lambda: f"{len(queue.waiting)} of {n} cells to go; pass this result as resume= to go on."):
+        with interruptible(lambda: f"{len(queue.waiting)} of {n} cells to go; {then}."):
             while queue.waiting:
                 bar.update(len(queue.step()))
     return queue.values

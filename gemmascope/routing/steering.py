@@ -100,7 +100,8 @@ def localise(
 
     The contrast of successes and failures is tested by permuting them; p is two-sided and holds for all experts at once
     (the largest difference of each permutation is what a difference is compared with: Westfall & Young 1993). A
-    contrast is no cause, so the experts found are silenced.
+    contrast is no cause, so the experts found are silenced. Ctrl-C ends that check, which keeps the prompts that are
+    done.
 
     Args:
         answers: the single token, or its id, that is right, for each prompt.
@@ -181,7 +182,11 @@ def _check(
     for part in successes.split(batch_size):
         batch = given.batch(part, given.rows(-1))
         base = Baseline(model, model._begin(batch.tokens, batch.mask), _answered(batch, right[part]))
-        values.append(run_cells(base, made, progress=progress) - base.figures)
+        change = run_cells(base, made, then="what was found stays", progress=progress) - base.figures
+        if change.isnan().any():  # interrupted
+            values = values or [change]
+            break
+        values.append(change)
     table = pandas.DataFrame(cells, columns=["layer", "expert", "role"])
     return Result(
         "ablation check", table, torch.cat(values, 1), "change of log p(answer) (nats)", {}, about(model, seed=seed)

@@ -11,13 +11,14 @@ from math import comb
 
 import pandas
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from gemmascope import interventions
 from gemmascope.experiments.pairs import paired
-from gemmascope.experiments.sweep import ROWS, Baseline, run_cells, unit_of
+from gemmascope.experiments.sweep import ROWS, Baseline, resumed, run_cells, unit_of
+from gemmascope.progress import interruptible
 from gemmascope.results import Result, about
 from gemmascope.routing.effects import Given, Texts, kept, routed_layers
 
@@ -40,6 +41,7 @@ def swap_routing(
     *,
     by_layer: bool = True,
     rows: int = ROWS,
+    resume: Result | None = None,
     progress: bool = True,
 ) -> Result:
     """Puts a part of the clean run's routing into the corrupted run, and measures.
@@ -53,6 +55,7 @@ def swap_routing(
             "router input": the router reads the clean run, so choice and weights together are the clean run's;
             "expert input": the experts read the clean run, and the routing is the corrupted run's: content alone.
         by_layer: in one layer at a time; else in all the layers at once.
+        resume: the result of an interrupted call with these arguments.
 
     Returns:
         a Result by part and layer, or by part, with the baselines "clean" and "corrupted".
@@ -74,7 +77,7 @@ def swap_routing(
         sites = [f"blocks.{layer}.{PARTS[part]}" for layer in group]
         made.append([interventions.patch(site, runs[0].stored) for site in sites])
     table = pandas.DataFrame(cells, columns=["part", "layer"] if by_layer else ["part"])
-    values = run_cells(runs[1], made, rows=rows, progress=progress)
+    values = run_cells(runs[1], made, rows=rows, done=resumed(resume, table), progress=progress)
     figures = {"clean": runs[0].figures, "corrupted": runs[1].figures}
     return Result("routing swap", table, values, unit_of(metric), figures, about(model, layers=layers))
 
@@ -87,6 +90,7 @@ def frozen_routing(
     layers: Sequence[int] | None = None,
     *,
     rows: int = ROWS,
+    resume: Result | None = None,
     progress: bool = True,
 ) -> Result:
     """Content changed with routing free to follow, and with routing held at what it was.
@@ -97,6 +101,7 @@ def frozen_routing(
     Args:
         changes: interventions (gs.patch, gs.zero, ... or lists of them) by name.
         layers: where routing is held; all by default.
+        resume: the result of an interrupted call with these arguments.
 
     Returns:
         a Result by change and routing ("free", "held"), with the baseline "clean": nothing changed.
@@ -110,8 +115,8 @@ def frozen_routing(
     held = [interventions.patch(name, base.stored) for name in names]
     cells = list(product(changes, ("free", "held")))
     made = [[changes[name], held if routing == "held" else []] for name, routing in cells]
-    values = run_cells(base, made, rows=rows, progress=progress)
     table = pandas.DataFrame(cells, columns=["change", "routing"])
+    values = run_cells(base, made, rows=rows, done=resumed(resume, table), progress=progress)
     said = about(model, layers=layers)
     return Result("frozen routing", table, values, unit_of(metric), {"clean": base.figures}, said)
 
@@ -131,7 +136,7 @@ def routing_regret(
 
     At one token and layer at a time, other sets of k experts take the place of those chosen, weighted by the router's
     own probabilities, and each is scored by p(next token). Regret is the best score, the chosen set's among them, minus
-    the chosen set's. It grows with the number of sets that are tried.
+    the chosen set's. It grows with the number of sets that are tried. Ctrl-C keeps the tokens that are done.
 
     Args:
         n_sets: sets to try at each token: all that there are, if no more than this; else drawn at random.
@@ -147,31 +152,47 @@ def routing_regret(
     if n_sets < 1:
         raise ValueError(f"n_sets is {n_sets}; it is 1 or more.")
     given = Given.of(model, texts)
-    values, chosen = torch.zeros(len(layers), len(given.rows.pos)), torch.zeros(len(given.rows.pos))
+    n = len(given.rows.pos)
+    values, chosen = torch.full((len(layers), n), float("nan")), torch.zeros(n)
     generator = torch.Generator().manual_seed(seed)
-    with tqdm(total=len(layers) * len(chosen), unit="token", delay=1, leave=False, disable=not progress) as bar:
+    bar = tqdm(total=len(layers) * n, unit="token", delay=1, leave=False, disable=not progress)
+    with bar, interruptible(lambda: f"{int(values.isfinite().all(0).sum())} of {n} tokens are done, and kept."):
         for _, batch in given.batches(batch_size):
             base = kept(model, batch)
             for pos in batch.pos.unique().tolist():
                 here = batch.pos == pos
                 prompt, row = batch.prompt[here], batch.row[here]
                 target = base.run.tokens[prompt, pos + 1]
-                before = base.stored["hook_logits"][prompt, pos].float().softmax(-1).gather(-1, target[:, None])
-                chosen[row] = before[:, 0].cpu()
+                before = base.stored["hook_logits"][prompt, pos].float().softmax(-1).gather(-1, target[:, None])[:, 0]
+                chosen[row] = before.cpu()
                 for number, layer in enumerate(layers):
-                    site = f"blocks.{layer}.{PARTS['choice']}"
-                    cells = [
-                        [interventions.replace(site, sets.to(base.run.tokens.device), positions=pos)]
-                        for sets in _other_sets(model, n_sets, base.n_prompts, generator)
-                    ]
-                    first = base.first(cells[0])[1]
-                    p = base.logits(cells, layer, first)[:, prompt, pos - first].float().softmax(-1)
-                    p = p.gather(-1, target.expand(len(cells), -1)[..., None])[..., 0]
-                    values[number, row] = (p.amax(0) - before[:, 0]).clamp(min=0).cpu()
+                    sets = _other_sets(model, n_sets, base.n_prompts, generator)
+                    regret = (_best(base, layer, pos, sets, prompt, target) - before).clamp(min=0)
+                    values[number, row] = regret.cpu()
                     bar.update(len(row))
+    done = values.isfinite().all(0)
+    if n and not done.any():
+        raise KeyboardInterrupt("No token was done: there is nothing to keep.")
+    values, chosen = values[:, done], chosen[done]
     said = about(model, n_sets=n_sets, seed=seed, texts=given.prompts.n)
     cells = pandas.DataFrame({"layer": layers})
     return Result("routing regret", cells, values, "p(next token)", {"chosen": chosen}, said)
+
+
+def _best(
+    base: Baseline,
+    layer: int,
+    pos: int,
+    sets: Int[Tensor, "set prompt 1 slot"],
+    prompt: Int[Tensor, " token"],
+    target: Int[Tensor, " token"],
+) -> Float[Tensor, " token"]:
+    """The best p(target) at a position of some prompts under any of these sets of experts."""
+    site = f"blocks.{layer}.{PARTS['choice']}"
+    cells = [[interventions.replace(site, one.to(base.run.tokens.device), positions=pos)] for one in sets]
+    first = base.first(cells[0])[1]
+    p = base.logits(cells, layer, first)[:, prompt, pos - first].float().softmax(-1)
+    return p.gather(-1, target.expand(len(cells), -1)[..., None])[..., 0].amax(0)
 
 
 def _other_sets(model, n_sets: int, n_prompts: int, generator: torch.Generator) -> Int[Tensor, "set prompt 1 slot"]:

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import gemmascope as gs
+from gemmascope.experiments.sweep import Baseline
 from gemmascope.routing.steering import npmi, permutation_test
 from gemmascope.testing import tiny_model
 from gemmascope.zoo.corpus import FACTS, LANGUAGES, Corpus
@@ -125,6 +126,26 @@ def test_a_planted_expert_of_success_is_found_and_checked(tiny):
     logp = [tiny(own, interventions=by)[:, -1].log_softmax(-1) for by in ([change], [])]
     expected = (logp[0] - logp[1]).gather(-1, answers[success][:, None])[:, 0].detach()
     torch.testing.assert_close(found.check.values[0], expected, rtol=0, atol=2e-5)
+
+
+def test_interrupted_check_keeps_what_was_found(tiny, capsys, monkeypatch):
+    tokens = torch.randint(3, 101, (60, 6), generator=torch.Generator().manual_seed(3))
+    success = (tiny.run_with_cache(tokens)[1][INDICES, 2][:, -1] == 5).any(-1)
+    given = dict(success=success, layers=[2], positions=-1, draws=500, batch_size=4, progress=False)
+    whole = gs.localise(tiny, tokens, 5, **given)
+    run, seen = Baseline.values, []
+
+    def stop(self, *args):
+        seen.append(self)
+        if len(set(map(id, seen))) == 3:  # in the third batch
+            raise KeyboardInterrupt
+        return run(self, *args)
+
+    monkeypatch.setattr(Baseline, "values", stop)
+    part = gs.localise(tiny, tokens, 5, **given)
+    said = capsys.readouterr().out
+    assert "to go; what was found stays." in said and said.count("Interrupted") == 1
+    assert torch.equal(part.p, whole.p) and torch.equal(part.check.values, whole.check.values[:, :8])
 
 
 def test_success_is_the_likeliest_token(nano):

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import gemmascope as gs
+from gemmascope.experiments.sweep import Baseline
 from gemmascope.testing import tiny_model
 
 TOKENS = torch.randint(3, 101, (2, 7), generator=torch.Generator().manual_seed(1))
@@ -99,6 +100,47 @@ def test_texts_of_other_lengths_have_the_regret_they_have_alone():
     both = gs.routing_regret(nano, texts, layers=[4], n_sets=28, batch_size=2, **QUIET)
     alone = [gs.routing_regret(nano, text, layers=[4], n_sets=28, **QUIET) for text in texts]
     torch.testing.assert_close(both.values, torch.cat([one.values for one in alone], 1), rtol=0, atol=1e-5)
+
+
+def interrupt(monkeypatch, method: str, number: int) -> None:
+    """Ctrl-C in one call of a method of Baseline."""
+    run, calls = getattr(Baseline, method), []
+
+    def stop(self, *args):
+        calls.append(args)
+        if len(calls) == number:
+            raise KeyboardInterrupt
+        return run(self, *args)
+
+    monkeypatch.setattr(Baseline, method, stop)
+
+
+@pytest.mark.parametrize("name", ["swap_routing", "frozen_routing"])
+def test_an_interrupted_sweep_goes_on(name, tiny, capsys, monkeypatch):
+    if name == "swap_routing":
+        given = OTHER, TOKENS, gs.logit(tiny, 5), ["choice", "weights"], [1, 4]
+    else:
+        changes = {"head": gs.zero(("z", 1), heads=[2]), "early": gs.zero(("attn_out", 0))}
+        given = TOKENS, gs.logit(tiny, 5), changes
+    whole = getattr(gs, name)(tiny, *given, **QUIET)
+    interrupt(monkeypatch, "values", 2)
+    part = getattr(gs, name)(tiny, *given, **QUIET)
+    assert "cells to go; pass this result as resume= to go on" in capsys.readouterr().out
+    assert 0 < part.done.sum() < len(part.cells)
+    rest = getattr(gs, name)(tiny, *given, resume=part, **QUIET)
+    assert torch.equal(rest.values, whole.values) and torch.equal(part.values[part.done], whole.values[part.done])
+
+
+def test_interrupted_regret_keeps_the_tokens_that_are_done(tiny, capsys, monkeypatch):
+    whole = gs.routing_regret(tiny, TOKENS, layers=[1, 5], n_sets=2, **QUIET)
+    interrupt(monkeypatch, "logits", 6)  # two layers a token: in the third token
+    part = gs.routing_regret(tiny, TOKENS, layers=[1, 5], n_sets=2, **QUIET)
+    assert "Interrupted: 2 of 12 tokens are done, and kept." in capsys.readouterr().out
+    assert torch.equal(part.values, whole.values[:, :2])
+    assert torch.equal(part.baselines["chosen"], whole.baselines["chosen"][:2])
+    interrupt(monkeypatch, "logits", 1)
+    with pytest.raises(KeyboardInterrupt, match="nothing to keep"):
+        gs.routing_regret(tiny, TOKENS, layers=[1, 5], n_sets=2, **QUIET)
 
 
 def test_bad_input_is_refused(tiny):
