@@ -40,21 +40,20 @@ def newest() -> dict[tuple, dict[str, dict]]:
     return found
 
 
-def bars() -> list[tuple[str, str, str, float]]:
-    """(title, dtype, peer, ratio): beside the fastest peer of each row."""
+def bars() -> list[tuple[str, dict]]:
+    """Each row's title, and the line of its fastest peer."""
     found, made = newest(), []
     for row, mode, shape, title in ROWS:
         for dtype in ("bfloat16", "float32"):
             peers = [line for line in found.get((row, mode, shape, dtype), {}).values() if line["ratio"]]
             if peers:
-                best = min(peers, key=lambda line: float(line["ratio"]))
-                made.append((title, dtype, best["impl"], float(best["ratio"])))
+                made.append((title, min(peers, key=lambda line: float(line["ratio"]))))
     return made
 
 
-def draw(made: list[tuple[str, str, str, float]], device: str) -> str:
+def draw(made: list[tuple[str, dict]]) -> str:
     left, right, height = 215, 720, 24
-    top = math.log2(max(ratio for *_, ratio in made)) + 0.1
+    top = math.log2(max(float(line["ratio"]) for _, line in made)) + 0.1
 
     def x(ratio: float) -> float:
         return left + (right - left) * (math.log2(ratio) + 0.3) / (top + 0.3)
@@ -65,7 +64,8 @@ def draw(made: list[tuple[str, str, str, float]], device: str) -> str:
         parts.append(f'<rect class="{dtype}" x="{left + 330 + offset}" y="16" width="11" height="11"/>')
         parts.append(f'<text x="{left + 346 + offset}" y="26" class="peer">{("bfloat16", "float32")[place]}</text>')
     shown = ""
-    for number, (title, dtype, peer, ratio) in enumerate(made):
+    for number, (title, line) in enumerate(made):
+        dtype, peer, ratio = line["dtype"], line["impl"], float(line["ratio"])
         y = 40 + height * number
         if title != shown:
             parts.append(f'<text x="{left - 10}" y="{y + 15}" text-anchor="end">{escape(title)}</text>')
@@ -77,8 +77,9 @@ def draw(made: list[tuple[str, str, str, float]], device: str) -> str:
             f'<text x="{end + 6:.1f}" y="{y + 15}">{ratio:.3g}x <tspan class="peer">{escape(peer)}</tspan></text>'
         )
     bottom = 60 + height * len(made)
+    where = "; ".join(sorted({f"{line['device']}, {line['date']}, torch {line['torch']}" for _, line in made}))
     parts.append(
-        f'<text x="0" y="{bottom}" class="peer">{escape(device)}; the fastest peer of each row; log scale.</text>'
+        f'<text x="0" y="{bottom}" class="peer">{escape(where)}; the fastest peer of each row; log scale.</text>'
     )
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 930 {bottom + 10}" role="img">'
@@ -87,6 +88,5 @@ def draw(made: list[tuple[str, str, str, float]], device: str) -> str:
 
 
 if __name__ == "__main__":
-    lines = [line for peers in newest().values() for line in peers.values() if not line["row"].startswith("gpu")]
-    CHART.write_text(draw(bars(), f"{lines[-1]['device']}, {lines[-1]['date']}, torch {lines[-1]['torch']}"))
+    CHART.write_text(draw(bars()))
     print(f"wrote {CHART}")
