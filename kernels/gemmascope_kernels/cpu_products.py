@@ -1,4 +1,4 @@
-"""Matrix products on a CPU, in the dtype that this machine multiplies fastest.
+"""Matrix products on a CPU, in the dtype that this machine multiplies fastest, and memory for what lies between them.
 
 bfloat16 has two cases. Where the machine multiplies it at up to 4 times the speed of float32, products come out rounded
 to bfloat16, 0.25 off for a score of 100: `product_in_full` asks twice, for the product and then for what the rounding
