@@ -254,9 +254,14 @@ def _checked(hook: Callable, site: Site, dir: str) -> Callable:
 
 
 def untouched(module: nn.Module, kind: type) -> bool:
-    """Whether a module is what the model put there, without plain torch hooks: then a fused line may pass it by."""
+    """Whether a module is what the model put there, without plain torch hooks and with the `forward` of its class
+    (offloading libraries put another on the instance): then a fused line may pass it by."""
     return type(module) is kind and not (
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in vars(module)
     )
 
 

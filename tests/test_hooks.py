@@ -103,6 +103,23 @@ def test_only_watched_blocks_touch_their_points(monkeypatch):
     assert not torch.equal(model(TOKENS), plain_torch) and called == [2, 1]
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("part", ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj", "attn.q_norm", "ln1_post"])
+def test_another_forward_on_an_instance_is_called(part):
+    """Libraries that offload weights put theirs there."""
+    model = tiny_model("26B-A4B")
+    plain, module = model(TOKENS), model.blocks[1].get_submodule(part)
+    original, calls = module.forward, []
+    module.forward = lambda *args, **given: calls.append(part) or 2 * original(*args, **given)
+    doubled = model(TOKENS)
+    assert calls == [part]
+    del module.forward
+    handle = module.register_forward_hook(lambda module, args, output: 2 * output)
+    assert torch.equal(doubled, model(TOKENS))
+    handle.remove()
+    assert torch.equal(model(TOKENS), plain)
+
+
 def test_in_place_edit_reaches_no_other_holder():
     """An edit at resid_pre of block 1 must not change what a cache holds of block 0's resid_post, the same tensor."""
     model = tiny_model("12B")

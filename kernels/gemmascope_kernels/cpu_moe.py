@@ -11,7 +11,6 @@ from torch.nn import functional as F
 
 from gemmascope_kernels import cpu_products
 from gemmascope_kernels.cpu_mlp import geglu
-from gemmascope_kernels.cpu_products import scratch
 from gemmascope_kernels.reference import wide
 
 GATHERED = {torch.bfloat16: 2**18, torch.float32: 2**17}
@@ -43,7 +42,7 @@ def experts(
     (n, k), d = indices.shape, down.shape[1]
     weights = weights if slot_gain is None else weights * slot_gain
     if _loops(n * k, gate_up, down):
-        return _one_by_one(x, indices, weights, gate_up, down, scratch("slots", n, k, d, like=x)).sum(1)
+        return _one_by_one(x, indices, weights, gate_up, down, cpu_products.scratch("slots", n, k, d, like=x)).sum(1)
     said, place = _said(x, indices, gate_up, down)
     out, step = x.new_empty(n, d), max(1, min(n, 2**20 // (k * d)))  # as many tokens as stay in the cache
     slots = said.new_empty(step * k, d)
@@ -174,7 +173,7 @@ def _counts(expert: Tensor, n_experts: int, way: str) -> list[int] | Tensor:
 def _taken(x: Tensor, order: Tensor, way: str) -> Tensor:
     """The rows of x in this order, and company for a loop, in scratch memory."""
     order = F.pad(order, (0, COMPANY)) if way == "loop" else order
-    out = scratch("rows", len(order), x.shape[1], like=x)
+    out = cpu_products.scratch("rows", len(order), x.shape[1], like=x)
     return torch.index_select(x, 0, order, out=out)
 
 
@@ -184,7 +183,7 @@ def _through(rows: Tensor, counts: list[int] | Tensor, weight: Tensor, way: str)
         if rows.is_cpu and not cpu_products.natively(rows.dtype, len(rows) // len(weight)):
             return _grouped_in_float32(rows, counts, weight)
         return F.grouped_mm(rows, weight.transpose(1, 2), offs=counts)
-    out, start = scratch("through", len(rows), weight.shape[1], like=rows), 0
+    out, start = cpu_products.scratch("through", len(rows), weight.shape[1], like=rows), 0
     for number, n in enumerate(counts):
         if n:
             _product(rows[start:], n, weight[number], out[start : start + n])
@@ -194,7 +193,7 @@ def _through(rows: Tensor, counts: list[int] | Tensor, weight: Tensor, way: str)
 
 def _grouped_in_float32(rows: Tensor, stops: Tensor, weight: Tensor) -> Tensor:
     """grouped_mm, some experts at a time, rounded once."""
-    out, start = scratch("through", len(rows), weight.shape[1], like=rows), 0
+    out, start = cpu_products.scratch("through", len(rows), weight.shape[1], like=rows), 0
     for some in cpu_products.parts(len(weight), cpu_products.BLOCK // weight[0].numel()):
         here = slice(start, int(stops[some.stop - 1]))
         offsets = stops[some] - start

@@ -67,7 +67,8 @@ class Op:
 
     `differentiable` names the arguments that have gradients, `wanted` those whose gradients are asked for.
     `backward` calls an implementation's own backward and returns a gradient, or None where that is not wanted, for each
-    of `differentiable`; where there is none, the definition runs again under autograd.
+    of `differentiable`; where there is none, the definition runs again under autograd, as it does for derivatives
+    beyond the first.
     """
 
     def __init__(
@@ -129,7 +130,11 @@ class Op:
         grads = [grad for grad, out in zip(grads, outputs, strict=True) if out.is_floating_point()]
         needed = dict(zip(given, ctx.needs_input_grad, strict=True))
         wanted = [name for name in self.differentiable if needed[name]]
-        found = dict(zip(wanted, self.backward_op(grads, list(outputs), wanted, *given.values()), strict=True))
+        if torch.is_grad_enabled():  # create_graph: a backward op has no derivative, but the definition has
+            found = self.recomputed(self.python(given), wanted, grads, create_graph=True)
+        else:
+            found = self.backward_op(grads, list(outputs), wanted, *given.values())
+        found = dict(zip(wanted, found, strict=True))
         return tuple(found.get(name) for name in given)
 
     def backward(self, grads: list[Tensor], outputs: list[Tensor], wanted: list[str], *args: Any) -> list[Tensor]:
@@ -142,12 +147,22 @@ class Op:
             found = dict(zip(wanted, self.recomputed(given, wanted, grads), strict=True))
         return [found[name].to(given[name].dtype).contiguous() for name in wanted]
 
-    def recomputed(self, given: dict[str, Any], wanted: list[str], grads: list[Tensor]) -> tuple[Tensor, ...]:
-        leaves = {name: given[name].detach().requires_grad_() for name in wanted}
+    def recomputed(
+        self, given: dict[str, Any], wanted: list[str], grads: list[Tensor], create_graph: bool = False
+    ) -> tuple[Tensor, ...]:
+        leaves = {name: given[name] if create_graph else given[name].detach().requires_grad_() for name in wanted}
         with torch.enable_grad():
+            leaves = {name: leaf.view_as(leaf) for name, leaf in leaves.items()}  # one tensor may be two arguments
             outputs = getattr(reference, self.name)(**given | leaves)
             outputs = [out for out in _several(outputs) if out.is_floating_point()]
-        return torch.autograd.grad(outputs, tuple(leaves.values()), grads, allow_unused=True, materialize_grads=True)
+        return torch.autograd.grad(
+            outputs,
+            tuple(leaves.values()),
+            grads,
+            create_graph=create_graph,
+            allow_unused=True,
+            materialize_grads=True,
+        )
 
     def fake_backward(self, grads: list[Tensor], outputs: list[Tensor], wanted: list[str], *args: Any) -> list[Tensor]:
         given = self.named(args)

@@ -172,7 +172,7 @@ def attention_topk(q: Tensor, k: Tensor, lse: Tensor, mask: Mask, n: int) -> tup
 def attention_entropy(q: Tensor, k: Tensor, lse: Tensor, mask: Mask) -> Tensor:
     """-sum P log P of each row, in nats: [b, H, q], float32. 0 for a row without edges."""
     pattern = attention_tiles(q, k, lse, mask)
-    return -torch.xlogy(pattern, pattern).sum(-1)
+    return -(pattern * pattern.masked_fill(pattern == 0, 1).log()).sum(-1)  # log 0 would have no derivatives
 
 
 def attention_by_source(

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -31,6 +32,30 @@ def flat(case, dtype: torch.dtype = torch.float32) -> tuple:
 @pytest.mark.parametrize("case", [*FIRST.values(), *MASKED.values()], ids=str)
 def test_opcheck(case) -> None:
     torch.library.opcheck(getattr(library, case.op).op, flat(case))
+
+
+@pytest.mark.parametrize("case", [*FIRST.values(), *MASKED.values()], ids=str)
+def test_second_derivatives_are_those_of_the_definition(case) -> None:
+    """Not of a backward whose own derivative PyTorch would take for zero."""
+    given = case.make(torch.empty(0, dtype=torch.float64))
+    gain = given.pop("slot_gain", None)
+    if gain is not None:
+        given["weights"] = given["weights"] * gain
+    given.pop("head_gain", None)
+    differentiable = getattr(library, case.op).differentiable
+    leaves = [given[name].requires_grad_() for name in differentiable if given.get(name) is not None]
+    found = []
+    for run in (partial(getattr(checked, case.op), by="cpu"), getattr(reference, case.op)):
+        torch.manual_seed(0)
+        outputs = run(**given)
+        outputs = [out for out in (outputs if isinstance(outputs, tuple) else (outputs,)) if out.is_floating_point()]
+        total = sum((out.masked_fill(out.isinf(), 0) * torch.randn_like(out)).sin().sum() for out in outputs)
+        first = torch.autograd.grad(total, leaves, create_graph=True, allow_unused=True, materialize_grads=True)
+        slope = sum((grad * torch.randn_like(grad)).sum() for grad in first)
+        found.append(torch.autograd.grad(slope, leaves, allow_unused=True, materialize_grads=True))
+    for ours, definition in zip(*found, strict=True):
+        torch.testing.assert_close(ours, definition, rtol=1e-6, atol=1e-8)
+    assert any((x != 0).any() for x in found[1])
 
 
 COMPILED = """
